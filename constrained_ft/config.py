@@ -1,0 +1,369 @@
+"""The configuration: frozen sections that refuse unknown keys.
+
+Each field's docstring says what it means and in which unit. Hydra composes the YAML groups of
+`conf/` into one tree and `Config` validates it; workers read the resolved `config.yaml` of the run
+folder through the same class. Nothing here imports torch, so that a wrong key answers at once.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, closed, its field docstrings are the documentation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (PEFT's names)."""
+
+    r: int = Field(gt=0)
+    """Rank of each adapter."""
+    alpha: float = Field(gt=0)
+    """Adapters are scaled by alpha / r."""
+    dropout: float = Field(ge=0, lt=1)
+    """Dropout on the adapter's input while the LLM trains."""
+    target_modules: Literal["all-linear"] | tuple[str, ...]
+    """Names of the modules that carry an adapter, or all linear layers but the output head."""
+
+
+class LLMConfig(Section):
+    """The language model that is fine-tuned."""
+
+    model_name_or_path: str
+    """A local path, a hub id, a file inside a package wheel (`wheel://...`), or `tiny:llama`,
+    `tiny:gpt2`, `tiny:qwen2`: a small random model with a byte-level tokenizer, built in memory."""
+    revision: str | None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16"]
+    """Type of the frozen weights. auto: bfloat16 with LoRA where the device multiplies it fast,
+    else float32. Trained weights and adapters are always float32."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"]
+    """Attention kernel, as in transformers."""
+    gradient_checkpointing: bool
+    """Recompute activations in the backward pass: less memory, more time."""
+    lora: LoraConfig | None
+    """null trains all weights."""
+
+
+class AuxiliaryConfig(Section):
+    """The auxiliary model R: the probability that a partial completion ends satisfied."""
+
+    kind: Literal["additive", "transformer", "head"]
+    """additive: a prompt bias plus one evidence term per token. transformer: a small causal
+    transformer over the LLM's hidden states. head: a low-rank head on each hidden state."""
+    rank: int = Field(gt=0)
+    """Rank of the evidence for next tokens, tied to the LLM's token embeddings."""
+    layers: int = Field(gt=0)
+    """Layers of the transformer; unused by the other kinds."""
+    width: int = Field(gt=0)
+    """Width of the transformer; unused by the other kinds."""
+    vocabulary_prior: bool
+    """Score every token of the vocabulary alone and use it as evidence. Needs a scorer that is
+    cheap on short text."""
+    consistency_weight: float = Field(ge=0)
+    """Weight of the forward-consistency loss beside the Monte-Carlo loss."""
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate of AdamW."""
+    weight_decay: float = Field(ge=0)
+    """Decoupled weight decay of AdamW."""
+    batch_size: int = Field(gt=0)
+    """Rollouts per optimizer step."""
+    max_epochs: int = Field(gt=0)
+    """Passes over the labelled rollouts at most; the best epoch on the held-out slice is kept."""
+    patience: int = Field(gt=0)
+    """Stop after this many epochs without improvement on the held-out slice."""
+    validation_share: float = Field(gt=0, lt=1)
+    """Share of this iteration's prompts held out for early stopping and calibration."""
+    balanced: bool
+    """Balance satisfied and violating rollouts in each batch; the shift this puts on the logits is
+    corrected."""
+    replay_iterations: int = Field(ge=0)
+    """How many earlier iterations' rollouts are fitted again beside this iteration's."""
+    replay_weight: float = Field(ge=0, le=1)
+    """Weight of a rollout that is n iterations old: replay_weight ** n."""
+
+
+class LinearScorerConfig(Section):
+    """The toxicity classifier of the alt-profanity-check package: 1 - P(toxic)."""
+
+    kind: Literal["linear"]
+
+
+class WordsScorerConfig(Section):
+    """1 where the completion holds no listed word, else 0."""
+
+    kind: Literal["words"]
+    path: str | None = None
+    """A list, one word or phrase a line, or a CSV file with a `text` column: a local path or a file
+    inside a package wheel."""
+    words: tuple[str, ...] = ()
+    """Words or phrases given here, in addition to those of `path`."""
+    min_severity: float = 0.0
+    """Use only rows whose `severity_rating` column is at least this."""
+
+    @model_validator(mode="after")
+    def _has_words(self) -> Self:
+        if self.path is None and not self.words:
+            raise ValueError("give `path`, a file with one word a line, or `words`, a list")
+        return self
+
+
+class LettersScorerConfig(Section):
+    """1 where a letter occurs at most so many times in the completion, else 0."""
+
+    kind: Literal["letters"]
+    letter: str = Field(min_length=1, max_length=1)
+    """The letter that is counted; case does not matter."""
+    at_most: int = Field(ge=0)
+    """The largest count that satisfies the constraint."""
+
+
+class FunctionScorerConfig(Section):
+    """A Python function of yours."""
+
+    kind: Literal["function"]
+    path: str = Field(pattern=r"^.+\.py:[A-Za-z_]\w*$")
+    """`file.py:function` with the signature `function(prompts, completions) -> list[float]`,
+    1 = satisfied."""
+
+
+ScorerConfig = Annotated[
+    LinearScorerConfig | WordsScorerConfig | LettersScorerConfig | FunctionScorerConfig,
+    Field(discriminator="kind"),
+]
+
+
+class ConstraintConfig(Section):
+    """The constraint C(x, y) and how strictly it is asked for."""
+
+    scorer: ScorerConfig
+    """Gives each completion a score in [0, 1]; 1 is satisfied."""
+    satisfied_at: Share
+    """A completion counts as satisfied when its score is at least this."""
+    threshold: float = Field(gt=0, le=1)
+    """delta: the satisfaction asked for, per prompt; 1 asks for satisfaction always."""
+    labels: Literal["hard", "soft", "tilt"]
+    """What the auxiliary learns from. hard: 1 where satisfied, else 0. soft: the score itself, as
+    an acceptance probability. tilt: exp(-beta (1 - score))."""
+    beta: float = Field(ge=0)
+    """Strength of the tilt; used with `labels: tilt`."""
+
+    @model_validator(mode="after")
+    def _threshold_needs_hard_labels(self) -> Self:
+        if self.threshold < 1 and self.labels != "hard":
+            raise ValueError(
+                f"threshold={self.threshold} needs labels=hard: with labels={self.labels} the floor "
+                "would miss it; use labels=hard, or threshold=1"
+            )
+        if self.labels == "tilt" and self.beta == 0:
+            raise ValueError("labels=tilt needs beta > 0; beta=0 asks for nothing")
+        return self
+
+
+class SourceConfig(Section):
+    """One file or hub dataset."""
+
+    path: str | None = None
+    """A local file, a glob, or a file inside a package wheel (`wheel://...`)."""
+    name: str | None = None
+    """A hub dataset, read with the `datasets` library."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    format: Literal["auto", "jsonl", "csv", "parquet", "text"] = "auto"
+    """auto goes by the file's ending."""
+    text_column: str = "text"
+    """Column that holds the text of plain rows."""
+    first_row: int = Field(default=0, ge=0)
+    """Rows before this one are left out."""
+    last_row: int | None = Field(default=None, ge=1)
+    """Rows from this one on are left out."""
+    opening_words: int | None = Field(default=None, ge=1)
+    """Use only the first words of each text (for prompts)."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.path is None) == (self.name is None):
+            raise ValueError("give either `path` (a file) or `name` (a hub dataset)")
+        if self.last_row is not None and self.last_row <= self.first_row:
+            raise ValueError(f"last_row={self.last_row} must be above first_row={self.first_row}")
+        return self
+
+
+class DataConfig(Section):
+    """The training corpus. Rows are `text`, `prompt` + `completion`, or chat `messages`."""
+
+    path: str | None = None
+    """Shorthand for one source that is a file."""
+    name: str | None = None
+    """Shorthand for one source that is a hub dataset."""
+    split: str = "train"
+    """Split of the hub dataset `name`."""
+    format: Literal["auto", "jsonl", "csv", "parquet", "text"] = "auto"
+    """Format of the file `path`."""
+    text_column: str = "text"
+    """Column that holds the text of plain rows."""
+    sources: dict[str, SourceConfig] = {}
+    """Several sources; each name becomes the group under which perplexity is reported."""
+    max_length: int = Field(ge=2)
+    """Longest sequence, in tokens. Longer plain text is split into several rows; longer prompt +
+    completion and chat rows are cut and counted."""
+    validation_share: float = Field(ge=0, lt=1)
+    """Share of the rows of each source held out for perplexity, chosen by a hash of the text."""
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> Self:
+        given = [bool(self.path), bool(self.name), bool(self.sources)]
+        if sum(given) != 1:
+            raise ValueError("give exactly one of `path`, `name` and `sources`")
+        return self
+
+
+class PromptsConfig(Section):
+    """The prompts x that completions are sampled for."""
+
+    path: str | None = None
+    """Shorthand for one source that is a file: one prompt a line, or JSONL with a `prompt`."""
+    name: str | None = None
+    """Shorthand for one source that is a hub dataset."""
+    split: str = "train"
+    """Split of the hub dataset `name`."""
+    format: Literal["auto", "jsonl", "csv", "parquet", "text"] = "auto"
+    """Format of the file `path`."""
+    text_column: str = "prompt"
+    """Column that holds the prompt."""
+    sources: dict[str, SourceConfig] = {}
+    """Several sources; each name becomes the group under which results are reported."""
+    from_corpus: bool = False
+    """Take the prompts from the corpus: its `prompt`s, or the openings of its texts."""
+    opening_words: int = Field(default=8, ge=1)
+    """Words of an opening taken from a corpus text."""
+    prompts_per_iteration: int = Field(gt=0)
+    """Prompts sampled in each iteration."""
+    samples_per_prompt: int = Field(gt=0)
+    """Completions sampled for each of them, n."""
+    max_new_tokens: int = Field(gt=0)
+    """Longest completion, in tokens. The constraint judges the completion as it stands there."""
+    held_out_share: float = Field(gt=0, lt=1)
+    """Share of the prompts that training never samples, chosen by a hash of the text."""
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> Self:
+        given = [bool(self.path), bool(self.name), bool(self.sources), self.from_corpus]
+        if sum(given) != 1:
+            raise ValueError("give exactly one of `path`, `name`, `sources` and `from_corpus`")
+        return self
+
+
+class TrainerConfig(Section):
+    """Both updates and their schedule."""
+
+    schedule: Literal["alternating", "overlapped"]
+    """Which target the LLM update reads: this iteration's, or the one before."""
+    iterations: int = Field(gt=0)
+    """Outer iterations: sample, score, fit the auxiliary, update the LLM."""
+    steps_per_iteration: int = Field(gt=0)
+    """Optimizer steps of the LLM in one iteration; each rollout is used once."""
+    kl_weight: float = Field(ge=0)
+    """lambda. The loss is the corpus cross-entropy per corpus sequence plus lambda times
+    KL(q* || LLM) per prompt. Plain text has no prompts: there, as many corpus tokens as a mean
+    completion has count as one sequence, so lambda weighs nats per completion token against nats
+    per corpus token. 0 is plain fine-tuning."""
+    reference: Literal["fresh", "matched"]
+    """The p inside q* of a stale target. fresh: the LLM at the start of the update. matched: the
+    LLM that the auxiliary was fitted to. They coincide when alternating."""
+    prefixes: Literal["weighted", "accepted"]
+    """Prefixes that carry the KL. weighted: all rollouts, weighted by R(prefix) / R(prompt).
+    accepted: by the label over R(prompt)."""
+    max_prefix_weight: float = Field(gt=1)
+    """Weights of prefixes are clipped here."""
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate of AdamW."""
+    weight_decay: float = Field(ge=0)
+    """Decoupled weight decay of AdamW."""
+    warmup_steps: int = Field(ge=0)
+    """Steps over which the learning rate rises from 0."""
+    lr_scheduler: Literal["constant", "linear", "cosine"]
+    """Course of the learning rate after the warm-up, down to 0 at the last step."""
+    per_device_train_batch_size: int = Field(gt=0)
+    """Corpus rows in one forward and backward pass."""
+    gradient_accumulation_steps: int = Field(gt=0)
+    """Passes per optimizer step; the corpus rows of a step are the product of the two."""
+    max_grad_norm: float = Field(gt=0)
+    """Gradients are clipped to this norm."""
+    precision: Literal["auto", "bf16", "fp32"]
+    """Arithmetic of the trunk. auto: bf16 where the device multiplies it fast, else fp32. The
+    output head and both losses are always float32."""
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Self:
+        steps = self.iterations * self.steps_per_iteration
+        if self.warmup_steps >= steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} must be below all {steps} steps "
+                "(iterations x steps_per_iteration)"
+            )
+        return self
+
+
+class SamplerConfig(Section):
+    """How completions are sampled."""
+
+    kind: Literal["cft"]
+    """cft: this package's sampler."""
+    batch_size: int = Field(gt=0)
+    """Completions sampled at once."""
+
+
+class PlacementConfig(Section):
+    """Where the target is learned."""
+
+    kind: Literal["inline"]
+    """inline: by the same process that updates the LLM."""
+
+
+class EvaluationConfig(Section):
+    """What is measured before and after training, and by `cft evaluate`."""
+
+    judge: ScorerConfig | None
+    """A second scorer that training never sees; null for none."""
+    judge_satisfied_at: Share
+    """A completion counts as satisfied by the judge when its score is at least this."""
+    max_prompts: int = Field(gt=0)
+    """Held-out prompts used, of each group."""
+    samples_per_prompt: int = Field(gt=1)
+    """Completions sampled for each prompt, k."""
+    max_validation_rows: int = Field(gt=0)
+    """Held-out corpus rows used for perplexity, of each group."""
+
+
+class GuardConfig(Section):
+    """When a run stops itself, with exit code 4."""
+
+    kl_limit: float = Field(gt=0)
+    """Largest KL(q* || LLM) of a step, in nats per completion token."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the run folder."""
+    seed: int = Field(ge=0)
+    """Seed of everything random."""
+    output_dir: str
+    """The run folder."""
+    llm: LLMConfig
+    auxiliary: AuxiliaryConfig
+    constraint: ConstraintConfig
+    data: DataConfig
+    prompts: PromptsConfig
+    trainer: TrainerConfig
+    sampler: SamplerConfig
+    placement: PlacementConfig
+    evaluation: EvaluationConfig
+    guard: GuardConfig

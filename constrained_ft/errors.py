@@ -1,0 +1,72 @@
+"""Errors a user can act on; each says what, where, what was got and what to do.
+
+CftError            1   anything below
+├── ConfigError     2   the command or the configuration is wrong; nothing was started
+├── DataError       3   a corpus or a prompt file cannot be used
+├── ModelError      3   a model or tokenizer is missing or cannot be used
+├── ScorerError     3   the constraint scorer failed or broke its contract
+├── CheckpointError 3   a checkpoint cannot be read or written
+├── DivergedError   4   a guard stopped the run; the last good checkpoint is kept
+└── Interrupted    75   stopped on request; `--resume` continues
+
+The number is the exit code of the command line.
+"""
+
+__all__ = [
+    "CftError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DivergedError",
+    "Interrupted",
+    "ModelError",
+    "ScorerError",
+]
+
+
+class CftError(Exception):
+    """Base of every error that is the user's to mend; the message is shown without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(CftError):
+    """The command line or the configuration is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class DataError(CftError):
+    """A corpus or a prompt file is missing, empty or malformed."""
+
+    exit_code = 3
+
+
+class ModelError(CftError):
+    """A model or tokenizer is missing or cannot be used."""
+
+    exit_code = 3
+
+
+class ScorerError(CftError):
+    """The constraint scorer could not be loaded, failed, or broke its contract."""
+
+    exit_code = 3
+
+
+class CheckpointError(CftError):
+    """A checkpoint cannot be written or read."""
+
+    exit_code = 3
+
+
+class DivergedError(CftError):
+    """A guard stopped the run; the last good checkpoint is kept."""
+
+    exit_code = 4
+
+
+class Interrupted(CftError):
+    """The run was asked to stop; it continues with `--resume`."""
+
+    exit_code = 75
