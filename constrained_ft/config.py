@@ -273,6 +273,8 @@ class TrainerConfig(Section):
     KL(q* || LLM) per prompt. Plain text has no prompts: there, as many corpus tokens as a mean
     completion has count as one sequence, so lambda weighs nats per completion token against nats
     per corpus token. 0 is plain fine-tuning."""
+    corpus: bool
+    """Train on the corpus. false leaves the KL alone: the LLM moves towards q* and nothing else."""
     reference: Literal["fresh", "matched"]
     """The p inside q* of a stale target. fresh: the LLM at the start of the update. matched: the
     LLM that the auxiliary was fitted to. They coincide when alternating."""

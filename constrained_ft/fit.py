@@ -1,0 +1,311 @@
+"""Fit the auxiliary R to labelled rollouts.
+
+Shape suffixes:  N rollouts, T completion positions, M rows drawn for the consistency loss,
+V vocabulary.
+
+    loss = binary cross-entropy of R(x, y_<=t) against C(x, y) at every prefix    (Monte-Carlo)
+         + w_c KL(Bernoulli(Rbar(y_<t)) || Bernoulli(R(y_<t)))                    (consistency)
+
+where Rbar is the one-step expectation of R under the reference, without gradient (NADO, arXiv
+2205.14219). The first is unbiased; the second shares strength between prefixes.
+
+Rollouts of earlier iterations are fitted again with weight `replay_weight` per iteration of age.
+They come from an earlier LLM and are off-policy for R: the weight is a plain discount, no importance
+ratio, because over whole suffixes ratios have more variance than the bias they remove. The
+held-out slice that stops the fit early holds prompts of the newest iteration only, so a replay that
+hurts is stopped by it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from constrained_ft import equations
+from constrained_ft.auxiliary import Auxiliary, FrozenAuxiliary
+from constrained_ft.config import AuxiliaryConfig
+from constrained_ft.distributed import StopRequest, generator_for, seed_everything, seed_for
+from constrained_ft.llm import Head
+from constrained_ft.progress import Display
+from constrained_ft.rollouts import LabeledRollouts
+
+_CONSISTENCY_ROWS = 64
+_CALIBRATION_ROWS = 512
+_BINS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Labelled completions, ready to fit."""
+
+    hidden_NTD: Float[Tensor, "N T D"]
+    ids_NT: Int[Tensor, "N T"]
+    mask_NT: Bool[Tensor, "N T"]
+    labels_N: Float[Tensor, " N"]
+    weights_N: Float[Tensor, " N"]
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def take(self, rows: Int[Tensor, " M"]) -> "Examples":
+        """Some of the rows."""
+        return Examples(
+            hidden_NTD=self.hidden_NTD[rows],
+            ids_NT=self.ids_NT[rows],
+            mask_NT=self.mask_NT[rows],
+            labels_N=self.labels_N[rows],
+            weights_N=self.weights_N[rows],
+        )
+
+    @classmethod
+    def of(cls, labeled: LabeledRollouts, rows: Tensor, steps: int, weight: float) -> "Examples":
+        """Rows of labelled rollouts, padded to `steps` positions."""
+        rollouts = labeled.rollouts
+        missing = steps - rollouts.ids_NT.shape[1]
+        labels_N = labeled.labels_N[rows]
+        return cls(
+            hidden_NTD=F.pad(rollouts.hidden_NTD[rows], (0, 0, 0, missing)),
+            ids_NT=F.pad(rollouts.ids_NT[rows], (0, missing)),
+            mask_NT=F.pad(rollouts.mask_NT[rows], (0, missing)),
+            labels_N=labels_N,
+            weights_N=torch.full_like(labels_N, weight),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence["Examples"]) -> "Examples":
+        """All rows of several parts."""
+        return cls(
+            hidden_NTD=torch.cat([part.hidden_NTD for part in parts]),
+            ids_NT=torch.cat([part.ids_NT for part in parts]),
+            mask_NT=torch.cat([part.mask_NT for part in parts]),
+            labels_N=torch.cat([part.labels_N for part in parts]),
+            weights_N=torch.cat([part.weights_N for part in parts]),
+        )
+
+
+def fit_auxiliary(
+    auxiliary: Auxiliary,
+    head: Head,
+    labeled: Sequence[LabeledRollouts],
+    config: AuxiliaryConfig,
+    *,
+    seed: int,
+    display: Display,
+    stop: StopRequest,
+) -> dict[str, float]:
+    """Fit R in place, from where it stands.
+
+    Args:
+        auxiliary: R.
+        head: the reference's output head, for the one-step expectation.
+        labeled: the newest iteration first, then earlier ones.
+        config: the `auxiliary` section.
+        seed: of the batches and the held-out slice.
+        display: advanced once an epoch.
+        stop: polled once an epoch.
+
+    Returns:
+        How good R is on the held-out slice: `auxiliary/...` of `metrics.METRICS`.
+
+    Raises:
+        Interrupted: when asked to stop.
+    """
+    newest = labeled[0]
+    steps = max(part.rollouts.ids_NT.shape[1] for part in labeled)
+    kept, held_out = _split_by_prompt(newest, config, seed)
+    parts = [Examples.of(newest, kept, steps, 1.0)]
+    for old in labeled[1:]:
+        age = newest.rollouts.iteration - old.rollouts.iteration
+        every = torch.arange(len(old.labels_N), device=kept.device)
+        parts.append(Examples.of(old, every, steps, config.replay_weight**age))
+    training = Examples.joined(parts)
+    validation = Examples.of(newest, held_out, steps, 1.0)
+    with seed_everything(seed_for(seed, "fit", newest.rollouts.iteration)):
+        epochs = _descend(auxiliary, head, training, validation, config, display, stop)
+    quality = measure(auxiliary.frozen(), head, validation, seed=seed)
+    return quality | {"auxiliary/epochs": float(epochs), "auxiliary/examples": float(len(training))}
+
+
+def _descend(
+    auxiliary: Auxiliary,
+    head: Head,
+    training: Examples,
+    validation: Examples,
+    config: AuxiliaryConfig,
+    display: Display,
+    stop: StopRequest,
+) -> int:
+    """Early-stopped AdamW; leaves the best state on the held-out slice. Returns its epoch."""
+    optimizer = torch.optim.AdamW(
+        auxiliary.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    best, best_epoch = _validation_loss(auxiliary, validation), 0
+    best_state = {name: tensor.clone() for name, tensor in auxiliary.state_dict().items()}
+    for epoch in range(1, config.max_epochs + 1):
+        stop.check()
+        order, shift = _epoch_order(training, balanced=config.balanced)
+        auxiliary.train()
+        for rows in order.split(config.batch_size):
+            loss = _loss(auxiliary, head, training.take(rows), shift, config.consistency_weight)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(auxiliary.parameters(), 1.0)
+            optimizer.step()
+        auxiliary.eval()
+        loss_now = _validation_loss(auxiliary, validation)
+        display.advance()
+        if loss_now < best:
+            best, best_epoch = loss_now, epoch
+            best_state = {name: tensor.clone() for name, tensor in auxiliary.state_dict().items()}
+        elif epoch - best_epoch >= config.patience:
+            break
+    auxiliary.load_state_dict(best_state)
+    return best_epoch
+
+
+def _epoch_order(training: Examples, *, balanced: bool) -> tuple[Tensor, float]:
+    """A random order of the rows, violating ones repeated when balanced, and the logit shift."""
+    rows = torch.arange(len(training), device=training.labels_N.device)
+    violating = rows[training.labels_N < 0.5]
+    satisfied = len(training) - len(violating)
+    shift = 0.0
+    if balanced and 0 < len(violating) < satisfied:
+        copies = max(1, round(satisfied / len(violating)))
+        rows = torch.cat([rows, violating.repeat(copies - 1)])
+        # Satisfied rows are kept at 1 / copies of the violating rows' rate.
+        shift = equations.balanced_shift(1 / copies, 1.0)
+    return rows[torch.randperm(len(rows)).to(rows.device)], shift
+
+
+def _loss(
+    auxiliary: Auxiliary, head: Head, batch: Examples, shift: float, consistency_weight: float
+) -> Tensor:
+    """Monte-Carlo loss of every prefix plus the weighted consistency loss of some."""
+    if consistency_weight == 0:
+        table, ids_NT = auxiliary.table_of(batch.ids_NT)
+    else:
+        table, ids_NT = auxiliary.table(), batch.ids_NT
+    evidence = auxiliary(table, batch.hidden_NTD, ids_NT, batch.mask_NT)
+    logits_NT = table.logits_of(evidence.factors_NTR, evidence.offset_NT, ids_NT)
+    weights_NT = batch.mask_NT * batch.weights_N[:, None]
+    labels_NT = batch.labels_N[:, None].expand_as(logits_NT)
+    # The shift of balanced batches enters the loss only, so R itself stays calibrated.
+    errors_NT = equations.bernoulli_cross_entropy(labels_NT, logits_NT + shift)
+    loss: Tensor = (errors_NT * weights_NT).sum() / weights_NT.sum()
+    if consistency_weight == 0:
+        return loss
+    # Pair the token at t with the expectation at t + 1; an end-of-text token has no successor.
+    pairs_NT = batch.mask_NT[:, :-1] & batch.mask_NT[:, 1:]
+    rows, columns = pairs_NT.nonzero(as_tuple=True)
+    drawn = torch.randperm(len(rows), device=rows.device)[:_CONSISTENCY_ROWS]
+    rows, columns = rows[drawn], columns[drawn]
+    with torch.no_grad():
+        expected_M, complement_M = equations.expected_satisfaction_logprobs(
+            head(batch.hidden_NTD[rows, columns + 1]),
+            table.logits(
+                evidence.factors_NTR[rows, columns + 1], evidence.offset_NT[rows, columns + 1]
+            ),
+        )
+    residuals_M = equations.consistency_divergence(
+        expected_M, complement_M, logits_NT[rows, columns]
+    )
+    return loss + consistency_weight * residuals_M.mean()
+
+
+@torch.no_grad()
+def _validation_loss(auxiliary: Auxiliary, validation: Examples) -> float:
+    loss = _loss(auxiliary, _NO_HEAD, validation, 0.0, 0.0)
+    return float(loss)
+
+
+_NO_HEAD = Head(weight_VD=torch.zeros(0, 0), bias_V=None)
+
+
+def _split_by_prompt(
+    labeled: LabeledRollouts, config: AuxiliaryConfig, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Rows of training and of held-out prompts: rollouts of one prompt are not independent."""
+    rollouts = labeled.rollouts
+    prompts = len(rollouts.prompts)
+    count = min(max(1, round(prompts * config.validation_share)), prompts - 1)
+    generator = generator_for(seed, "auxiliary held-out", rollouts.iteration)
+    held_out = torch.randperm(prompts, generator=generator)[:count].to(rollouts.prompt_N.device)
+    is_held_out_N = torch.isin(rollouts.prompt_N, held_out)
+    return (~is_held_out_N).nonzero()[:, 0], is_held_out_N.nonzero()[:, 0]
+
+
+@torch.no_grad()
+def measure(
+    auxiliary: FrozenAuxiliary, head: Head, examples: Examples, *, seed: int
+) -> dict[str, float]:
+    """Discrimination and calibration of R on examples that it was not fitted to.
+
+    Returns:
+        `auxiliary/auc_*`, `brier_*` and `calibration_error_*` after the first, the middle and the
+        last token, the last two also over all tokens, `log_loss` and `tower_residual`, as in
+        `metrics.METRICS`. The ROC area needs both classes and is left out otherwise.
+    """
+    evidence = auxiliary.read_examples(examples.hidden_NTD, examples.ids_NT, examples.mask_NT)
+    logits_NT = auxiliary.table.logits_of(
+        evidence.factors_NTR, evidence.offset_NT, examples.ids_NT
+    )
+    probs_NT = logits_NT.sigmoid()
+    lengths_N = examples.mask_NT.sum(-1)
+    rows_N = torch.arange(len(examples), device=lengths_N.device)
+    places = {"first": torch.zeros_like(lengths_N), "middle": lengths_N // 2, "last": lengths_N - 1}
+    metrics = {}
+    for name, place_N in places.items():
+        at_N = probs_NT[rows_N, place_N.clamp_min(0)]
+        auc = area_under_curve(at_N, examples.labels_N)
+        if auc is not None:
+            metrics[f"auxiliary/auc_{name}"] = auc
+        metrics[f"auxiliary/brier_{name}"] = float((at_N - examples.labels_N).square().mean())
+        metrics[f"auxiliary/calibration_error_{name}"] = calibration_error(at_N, examples.labels_N)
+    labels_NT = examples.labels_N[:, None].expand_as(probs_NT)
+    probs, labels = probs_NT[examples.mask_NT], labels_NT[examples.mask_NT]
+    losses = equations.bernoulli_cross_entropy(labels, logits_NT[examples.mask_NT])
+    metrics["auxiliary/log_loss"] = float(losses.mean())
+    metrics["auxiliary/brier"] = float((probs - labels).square().mean())
+    metrics["auxiliary/calibration_error"] = calibration_error(probs, labels)
+    pairs_NT = examples.mask_NT[:, :-1] & examples.mask_NT[:, 1:]
+    rows, columns = pairs_NT.nonzero(as_tuple=True)
+    generator = generator_for(seed, "tower")
+    drawn = torch.randperm(len(rows), generator=generator)[:_CALIBRATION_ROWS].to(rows.device)
+    rows, columns = rows[drawn], columns[drawn]
+    expected_M, _ = equations.expected_satisfaction_logprobs(
+        head(examples.hidden_NTD[rows, columns + 1]),
+        auxiliary.table.logits(
+            evidence.factors_NTR[rows, columns + 1], evidence.offset_NT[rows, columns + 1]
+        ),
+    )
+    residual_M = (expected_M - F.logsigmoid(logits_NT[rows, columns])).abs()
+    metrics["auxiliary/tower_residual"] = float(residual_M.mean())
+    return metrics
+
+
+def area_under_curve(
+    scores_N: Float[Tensor, " N"], labels_N: Float[Tensor, " N"]
+) -> float | None:
+    """Area under the ROC curve, ties counted half; None when only one class is present."""
+    positive_N = labels_N >= 0.5
+    positives, negatives = int(positive_N.sum()), int((~positive_N).sum())
+    if positives == 0 or negatives == 0:
+        return None
+    above = scores_N[positive_N][:, None] > scores_N[~positive_N][None, :]
+    equal = scores_N[positive_N][:, None] == scores_N[~positive_N][None, :]
+    return float((above.double() + 0.5 * equal.double()).mean())
+
+
+def calibration_error(probs_N: Float[Tensor, " N"], labels_N: Float[Tensor, " N"]) -> float:
+    """Expected calibration error over 10 bins of equal width."""
+    bins_N = (probs_N * _BINS).long().clamp_max(_BINS - 1)
+    error = 0.0
+    for index in range(_BINS):
+        inside_N = bins_N == index
+        if inside_N.any():
+            gap = (probs_N[inside_N].mean() - labels_N[inside_N].mean()).abs()
+            error += float(gap * inside_N.float().mean())
+    return error

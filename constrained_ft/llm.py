@@ -1,0 +1,373 @@
+"""The language model p_theta and its frozen copies; LoRA or full weights are an option here only.
+
+Shape suffixes:  B sequences, L token positions, N rows, D hidden width, V vocabulary.
+
+The trunk (everything below the output head) runs in the trunk's precision; the head always
+multiplies in float32, because KL divergences of 0.01 nat drown in the rounding of bfloat16 logits.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from constrained_ft.config import LLMConfig, LoraConfig
+from constrained_ft.distributed import default_device, seed_everything
+from constrained_ft.errors import ModelError
+from constrained_ft.resources import explain_model_failure, resolve_model
+from constrained_ft.tiny import CONTEXT_LENGTH, byte_tokenizer, tiny_model
+
+TINY = "tiny:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """The output head: logits = hidden @ weight.T + bias, in float32."""
+
+    weight_VD: Float[Tensor, "V D"]
+    bias_V: Float[Tensor, " V"] | None
+
+    def __call__(self, hidden_ND: Float[Tensor, "*N D"]) -> Float[Tensor, "*N V"]:
+        """Next-token logits, float32."""
+        return F.linear(hidden_ND.float(), self.weight_VD, self.bias_V)
+
+    def frozen(self) -> "Head":
+        """This head as it is now; trained weights are copied, frozen ones shared."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            return tensor.detach().clone() if tensor.requires_grad else tensor
+
+        bias = None if self.bias_V is None else keep(self.bias_V)
+        return Head(weight_VD=keep(self.weight_VD), bias_V=bias)
+
+
+class FrozenLLM:
+    """A copy of the LLM that training cannot change: the reference p.
+
+    Frozen base weights are shared with the LLM; the trained tensors (adapters, or all weights) are
+    this copy's own and are swapped in for the length of a call.
+    """
+
+    def __init__(self, llm: "LLM", trained: Mapping[str, Tensor], head: Head) -> None:
+        self._llm = llm
+        self._trained = dict(trained)
+        self.head = head
+        self.tokenizer = llm.tokenizer
+        self.device = llm.device
+
+    @torch.no_grad()
+    def trunk(self, **inputs: Any) -> Any:
+        """The transformers output of the trunk; keyword arguments as in transformers."""
+        with self._llm.autocast():
+            return torch.func.functional_call(self._llm.trunk, self._trained, kwargs=inputs)
+
+    def hidden_states(
+        self, ids_BL: Int[Tensor, "B L"], lengths_B: Int[Tensor, " B"]
+    ) -> Float[Tensor, "B L D"]:
+        """Last hidden states of right-padded sequences; index j predicts token j + 1."""
+        inputs = right_padded_inputs(ids_BL, lengths_B)
+        hidden: Tensor = self.trunk(**inputs, use_cache=False).last_hidden_state
+        return hidden
+
+
+class LLM:
+    """The language model that is fine-tuned."""
+
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        config: LLMConfig,
+        peft_model: peft.PeftModel | None,
+        bf16: bool,
+    ) -> None:
+        self.module = module
+        self.tokenizer = tokenizer
+        self.config = config
+        self.device = module.device
+        self._peft_model = peft_model
+        self._bf16 = bf16
+        self.trunk: nn.Module = module.base_model
+        self._head = _head_of(module)
+        self.module.eval()
+        _check_head(self)
+
+    @property
+    def head(self) -> Head:
+        """The live head; its weight carries gradients when all weights are trained."""
+        return self._head
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the trunk multiplies in bfloat16."""
+        return self._bf16
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The trunk's precision."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16):
+            yield
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Dropout and gradient checkpointing on, for the length of an update."""
+        self.module.train()
+        try:
+            yield
+        finally:
+            self.module.eval()
+
+    def hidden_states(
+        self, ids_BL: Int[Tensor, "B L"], lengths_B: Int[Tensor, " B"]
+    ) -> Float[Tensor, "B L D"]:
+        """Last hidden states of right-padded sequences, with gradients; j predicts token j + 1."""
+        with self.autocast():
+            inputs = right_padded_inputs(ids_BL, lengths_B)
+            hidden: Tensor = self.trunk(**inputs, use_cache=False).last_hidden_state
+        return hidden
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What the optimizer moves, by name."""
+        return {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+
+    def frozen(self) -> FrozenLLM:
+        """A frozen copy of the LLM as it is now."""
+        trained = {
+            name: parameter.detach().clone()
+            for name, parameter in self.trunk.named_parameters()
+            if parameter.requires_grad
+        }
+        return FrozenLLM(self, trained, self.head.frozen())
+
+    def load_trained(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put saved values of `trained_parameters` back."""
+        with torch.no_grad():
+            for name, parameter in self.trained_parameters().items():
+                parameter.copy_(tensors[name])
+
+    def export(self, llm_dir: Path, adapter_dir: Path) -> None:
+        """Write a folder that plain `AutoModelForCausalLM.from_pretrained` loads.
+
+        LoRA is merged into a pristine float32 copy of the base, never into the weights that were
+        trained on; the adapter alone is written beside it.
+        """
+        if self._peft_model is None:
+            self.module.save_pretrained(llm_dir)
+        else:
+            self._peft_model.save_pretrained(str(adapter_dir))
+            base = _load_module(self.config, torch.float32)
+            merged = _with_lora(base, _require_lora(self.config))
+            state = peft.get_peft_model_state_dict(self._peft_model)
+            peft.set_peft_model_state_dict(merged, state)
+            merged.merge_and_unload().save_pretrained(llm_dir)
+        self.tokenizer.save_pretrained(llm_dir)
+
+
+def load_tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the LLM.
+
+    Raises:
+        ModelError: when it is missing.
+    """
+    if config.model_name_or_path.startswith(TINY):
+        return byte_tokenizer()
+    source = resolve_model(config.model_name_or_path, config.revision)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source, revision=config.revision
+        )
+    except (OSError, ValueError) as error:
+        raise explain_model_failure(config.model_name_or_path, error) from error
+    return tokenizer
+
+
+def load_llm(
+    config: LLMConfig, tokenizer: PreTrainedTokenizerBase, *, precision: str, seed: int
+) -> LLM:
+    """Load the LLM and attach what will be trained.
+
+    Args:
+        config: the `llm` section.
+        tokenizer: from `load_tokenizer`.
+        precision: `trainer.precision`: `auto`, `bf16` or `fp32`.
+        seed: of the adapters' initial weights.
+
+    Raises:
+        ModelError: when the model is missing or its head is not a plain linear layer.
+    """
+    bf16 = _wants_bf16(config, precision)
+    dtype = torch.float32
+    if config.dtype == "bfloat16" or (config.dtype == "auto" and bf16 and config.lora):
+        dtype = torch.bfloat16
+    if dtype == torch.bfloat16 and config.lora is None:
+        raise ModelError(
+            "llm.dtype=bfloat16 with llm.lora=null: small updates of bfloat16 weights are lost to "
+            "rounding; use llm.dtype=float32 (the arithmetic still follows trainer.precision)"
+        )
+    module = _load_module(config, dtype)
+    peft_model = None
+    if config.lora is not None:
+        with seed_everything(seed):
+            peft_model = _with_lora(module, config.lora)
+    module.to(default_device())  # type: ignore[arg-type]  # transformers types `to` loosely
+    if config.gradient_checkpointing:
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if peft_model is not None:
+            module.enable_input_require_grads()
+    return LLM(module, tokenizer, config=config, peft_model=peft_model, bf16=bf16)
+
+
+def plain_config(reference: str) -> LLMConfig:
+    """The `llm` section for any transformers folder, hub id or wheel file as it is."""
+    return LLMConfig(
+        model_name_or_path=reference,
+        revision=None,
+        dtype="auto",
+        attn_implementation="sdpa",
+        gradient_checkpointing=False,
+        lora=None,
+    )
+
+
+def load_frozen(config: LLMConfig, *, precision: str = "auto") -> FrozenLLM:
+    """A model that is only read: its weights in the trunk's precision, without gradients.
+
+    Raises:
+        ModelError: when the model is missing or its head is not a plain linear layer.
+    """
+    tokenizer = load_tokenizer(config)
+    bf16 = _wants_bf16(config, precision)
+    module = _load_module(config, torch.bfloat16 if bf16 else torch.float32)
+    module.requires_grad_(requires_grad=False)
+    module.to(default_device())  # type: ignore[arg-type]  # transformers types `to` loosely
+    return LLM(module, tokenizer, config=config, peft_model=None, bf16=bf16).frozen()
+
+
+def load_context_length(config: LLMConfig) -> int:
+    """The longest sequence the model takes, in tokens, without loading its weights.
+
+    Raises:
+        ModelError: when the model is missing.
+    """
+    if config.model_name_or_path.startswith(TINY):
+        return CONTEXT_LENGTH
+    source = resolve_model(config.model_name_or_path, config.revision)
+    try:
+        found = AutoConfig.from_pretrained(source, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise explain_model_failure(config.model_name_or_path, error) from error
+    length: int = found.get_text_config().max_position_embeddings
+    return length
+
+
+def _wants_bf16(config: LLMConfig, precision: str) -> bool:
+    fast = multiplies_bf16_fast(default_device())
+    tiny = config.model_name_or_path.startswith(TINY)
+    return precision == "bf16" or (precision == "auto" and fast and not tiny)
+
+
+def multiplies_bf16_fast(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products are faster than float32 ones on this device."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported())
+    return False
+
+
+def right_padded_inputs(
+    ids_BL: Int[Tensor, "B L"], lengths_B: Int[Tensor, " B"]
+) -> dict[str, Tensor]:
+    """Token ids, attention mask (by length, never by token id) and positions."""
+    positions_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
+    mask_BL = positions_L[None, :] < lengths_B[:, None]
+    return {
+        "input_ids": ids_BL,
+        "attention_mask": mask_BL.long(),
+        "position_ids": positions_L.expand_as(ids_BL),
+    }
+
+
+def _load_module(config: LLMConfig, dtype: torch.dtype) -> PreTrainedModel:
+    reference = config.model_name_or_path
+    if reference.startswith(TINY):
+        return tiny_model(reference.removeprefix(TINY), seed=0)
+    try:
+        module: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            resolve_model(reference, config.revision),
+            revision=config.revision,
+            dtype=dtype,
+            attn_implementation=config.attn_implementation,
+        )
+    except (OSError, ValueError) as error:
+        raise explain_model_failure(reference, error) from error
+    return module
+
+
+def _require_lora(config: LLMConfig) -> LoraConfig:
+    assert config.lora is not None
+    return config.lora
+
+
+def _with_lora(module: PreTrainedModel, lora: LoraConfig) -> peft.PeftModel:
+    targets = lora.target_modules
+    settings = peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT types it int but divides it
+        lora_dropout=lora.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        # GPT-2 stores its linear layers transposed; PEFT notices, adapts and says so.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")
+        try:
+            return peft.PeftModelForCausalLM(module, settings)
+        except ValueError as error:
+            raise ModelError(f"llm.lora.target_modules={targets!r}: {error}") from error
+
+
+def _head_of(module: PreTrainedModel) -> Head:
+    layer = module.get_output_embeddings()
+    if not isinstance(layer, nn.Linear):
+        raise ModelError(
+            f"{type(module).__name__} has no linear output head ({type(layer).__name__}); "
+            "use a causal language model"
+        )
+    weight, bias = layer.weight, layer.bias
+    if not weight.requires_grad:
+        weight = weight.detach().float()
+        bias = None if bias is None else bias.detach().float()
+    return Head(weight_VD=weight, bias_V=bias)
+
+
+@torch.no_grad()
+def _check_head(llm: LLM) -> None:
+    """Refuse models that change logits behind the head (softcap, scale): the KL would be wrong."""
+    ids_BL = torch.arange(4, device=llm.device)[None, :]
+    lengths_B = torch.tensor([4], device=llm.device)
+    with llm.autocast():
+        own_BLV = llm.module(**right_padded_inputs(ids_BL, lengths_B)).logits.float()
+    ours_BLV = llm.head(llm.hidden_states(ids_BL, lengths_B))
+    gap = (own_BLV - ours_BLV).abs().max() / own_BLV.abs().max().clamp_min(1e-6)
+    if not gap < (0.05 if llm.bf16 else 1e-3):
+        raise ModelError(
+            f"{type(llm.module).__name__} transforms its logits after the output head (relative "
+            f"difference {gap:.2g}), which is not supported; use a model with a plain linear head"
+        )

@@ -1,0 +1,64 @@
+"""One row of numbers an iteration; every name has a meaning and a unit here."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+METRICS: dict[str, tuple[str, str]] = {
+    "iteration": ("outer iteration, from 1", "count"),
+    "rollouts/satisfaction": ("share of this iteration's rollouts that satisfy C", "share"),
+    "rollouts/score": ("mean score of this iteration's rollouts", "0 to 1"),
+    "rollouts/length": ("mean length of a completion, end-of-text included", "tokens"),
+    "auxiliary/auc_first": ("ROC area of R after the first token, held-out prompts", "0 to 1"),
+    "auxiliary/auc_middle": ("ROC area of R half-way, held-out prompts", "0 to 1"),
+    "auxiliary/auc_last": ("ROC area of R after the last token, held-out prompts", "0 to 1"),
+    "auxiliary/log_loss": ("binary cross-entropy of R at every prefix, held-out prompts", "nats"),
+    "auxiliary/brier": ("mean squared error of R at every prefix, held-out prompts", "0 to 1"),
+    "auxiliary/brier_first": ("the same after the first token", "0 to 1"),
+    "auxiliary/brier_middle": ("the same half-way", "0 to 1"),
+    "auxiliary/brier_last": ("the same after the last token", "0 to 1"),
+    "auxiliary/calibration_error": ("expected calibration error of R, 10 bins", "0 to 1"),
+    "auxiliary/calibration_error_first": ("the same after the first token", "0 to 1"),
+    "auxiliary/calibration_error_middle": ("the same half-way", "0 to 1"),
+    "auxiliary/calibration_error_last": ("the same after the last token", "0 to 1"),
+    "auxiliary/tower_residual": (
+        "mean |log Rbar - log R|: how far R is from agreeing with its own one-step expectation",
+        "nats",
+    ),
+    "auxiliary/epochs": ("epoch whose state was kept; 0 keeps the state before the fit", "count"),
+    "auxiliary/examples": ("rollouts fitted, replayed ones included", "count"),
+    "target/satisfaction": ("mean R(x) over prompts", "share"),
+    "target/kl": ("KL(q* || reference) of a completion, mean over prompts: -log R(x)", "nats"),
+    "target/floor": ("mean alpha(x) of the threshold", "share"),
+    "target/clipped_weight": ("share of the prefixes' weight lost to clipping", "share"),
+    "target/effective_prefixes": ("effective sample size of the prefixes' weights", "share"),
+    "target/lag": ("iterations between learning the target and using it", "iterations"),
+    "update/ce": ("corpus cross-entropy", "nats per corpus token"),
+    "update/kl": ("weighted KL(q* || LLM), mean over the steps", "nats per completion token"),
+    "update/kl_first": ("the same at the first step, before the LLM moved", "nats per token"),
+    "update/loss": ("what the optimizer minimises", "nats per corpus token"),
+    "update/grad_norm": ("norm of the gradient before clipping", "nats"),
+    "update/learning_rate": ("learning rate after the last step", "1"),
+    "time/target": ("sampling, scoring and fitting the auxiliary", "seconds"),
+    "time/update": ("updating the LLM", "seconds"),
+    "time/iteration": ("the whole iteration, samples and checkpoint included", "seconds"),
+}
+
+
+def append(path: Path, row: Mapping[str, float]) -> None:
+    """Add one row to a JSONL file.
+
+    Raises:
+        KeyError: for a metric without a meaning in `METRICS`.
+    """
+    for name in row:
+        METRICS[name]
+    with path.open("a") as file:
+        file.write(json.dumps(dict(row)) + "\n")
+
+
+def read(path: Path) -> list[dict[str, float]]:
+    """All rows, oldest first; none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
