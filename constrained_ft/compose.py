@@ -644,7 +644,7 @@ def _explain(path: str, item: Any, tree: Tree, config_dirs: Sequence[Path]) -> s
         case "extra_forbidden" if key is not None:
             parent = path.rpartition(".")[0]
             kind = _value(tree, f"{parent}.kind")
-            return f"{path}: {parent}.kind={kind} has no such key"
+            return f"{path}: {parent}.kind={kind} has no such key; remove it with ~{path}"
         case "extra_forbidden":
             return _unknown(path, config_dirs)
         case "missing":
@@ -716,10 +716,12 @@ def _translated_errors(prefix: str = "") -> Iterator[None]:
     """Turn what Hydra, OmegaConf and the YAML reader raise into a ConfigError."""
     import yaml
     from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
     try:
         yield
+    except InterpolationKeyError as error:
+        raise ConfigError(f"{prefix}{error.full_key}: ${{...}} refers to no key") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{prefix}cannot read the YAML: {error}") from error
     except OmegaConfBaseException as error:
