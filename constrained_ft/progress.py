@@ -22,7 +22,7 @@ class Display(Protocol):
         """An iteration is finished, with its numbers."""
 
     def sample(self, prompt: str, before: str, after: str, score: float) -> None:
-        """Completions of a fixed prompt by the base model and by this one, with the latter's score."""
+        """Completions of a fixed prompt before and after, with the score of the latter."""
 
     def note(self, text: str) -> None:
         """Something worth knowing, once."""

@@ -1,0 +1,325 @@
+"""What is measured before and after training, and by `cft evaluate`.
+
+Samples of one prompt are not independent, so every interval is a bootstrap over prompts (over rows
+for perplexity). Two models are compared on the same prompts with the same uniform numbers.
+
+Shape suffixes:  S prompts, K samples of a prompt, M positions, V vocabulary.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from constrained_ft.config import Config
+from constrained_ft.data import Prompt, Row, pad_id
+from constrained_ft.distributed import StopRequest, seed_for
+from constrained_ft.llm import FrozenLLM
+from constrained_ft.progress import Display
+from constrained_ft.rollouts import Rollouts, completion_hidden_states, pad_right, sample
+from constrained_ft.scorers import Scorer, score_all
+
+_RESAMPLES = 1000
+_BATCH_ROWS = 16
+_KL_ROLLOUTS = 128
+_CHUNK_ROWS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A mean and its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def percent(self) -> str:
+        """For a table: `8.3 % (6.1-10.9)`."""
+        return f"{100 * self.mean:.1f} % ({100 * self.low:.1f}–{100 * self.high:.1f})"
+
+    def plain(self, digits: int = 2) -> str:
+        """For a table: `44.10 (41.72-46.80)`."""
+        return f"{self.mean:.{digits}f} ({self.low:.{digits}f}–{self.high:.{digits}f})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupResult:
+    """Completions of one group of prompts."""
+
+    prompts: int
+    samples: int
+    satisfaction: Interval
+    """Share of completions that satisfy the training scorer."""
+    violation: Interval
+    """1 - satisfaction."""
+    score: Interval
+    """Mean score of the training scorer."""
+    expected_maximum: Interval
+    """Mean over prompts of the largest 1 - score among the k samples."""
+    any_violation: Interval
+    """Share of prompts with at least one violating completion among the k samples."""
+    judge_violation: Interval | None
+    """Share of completions that do not satisfy the judge; None without a judge."""
+    distinct_1: float
+    distinct_2: float
+    distinct_3: float
+    """Distinct word n-grams over all word n-grams."""
+    length: float
+    """Mean tokens of a completion."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One model."""
+
+    model: str
+    groups: dict[str, GroupResult]
+    perplexity: dict[str, Interval]
+    """Of the corpus's held-out rows, by group; exp of nats per trained token."""
+    kl_to_base: float | None
+    """Mean KL(model || base) a token on the model's own completions, nats; None for the base."""
+    scorer: str
+    judge: str | None
+
+
+def evaluate(
+    llm: FrozenLLM,
+    prompts: Sequence[Prompt],
+    validation: Sequence[Row],
+    scorer: Scorer,
+    judge: Scorer | None,
+    config: Config,
+    *,
+    model: str,
+    base: FrozenLLM | None,
+    display: Display,
+    stop: StopRequest,
+) -> Evaluation:
+    """Sample, score and measure one model.
+
+    Args:
+        llm: the model.
+        prompts: held-out prompts.
+        validation: held-out corpus rows; at most `evaluation.max_validation_rows` of each group.
+        scorer: the training scorer.
+        judge: a scorer that training never sees.
+        config: the run's configuration.
+        model: its name in the result.
+        base: the model to measure the KL to; None for the base itself.
+        display: advanced by completions.
+        stop: polled between batches.
+
+    Raises:
+        ScorerError: when a score is missing or invalid.
+        Interrupted: when asked to stop.
+    """
+    rollouts = sample(
+        llm,
+        prompts,
+        samples_per_prompt=config.evaluation.samples_per_prompt,
+        max_new_tokens=config.prompts.max_new_tokens,
+        batch_size=config.sampler.batch_size,
+        seed=seed_for(config.seed, "evaluation"),
+        iteration=0,
+        display=display,
+        stop=stop,
+    )
+    return Evaluation(
+        model=model,
+        groups=_group_results(rollouts, scorer, judge, config),
+        perplexity=perplexity(llm, validation, config.evaluation.max_validation_rows, stop),
+        kl_to_base=None if base is None else kl_to_base(llm, base, rollouts),
+        scorer=f"{scorer.name} {scorer.version}",
+        judge=None if judge is None else f"{judge.name} {judge.version}",
+    )
+
+
+def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
+    """Mean of independent values and the percentile interval of its bootstrap distribution."""
+    array = np.asarray(values, dtype=np.float64)
+    draws = np.random.default_rng(seed).integers(len(array), size=(_RESAMPLES, len(array)))
+    low, high = np.quantile(array[draws].mean(axis=1), [0.025, 0.975])
+    return Interval(mean=float(array.mean()), low=float(low), high=float(high))
+
+
+@torch.no_grad()
+def perplexity(
+    llm: FrozenLLM, rows: Sequence[Row], per_group: int, stop: StopRequest
+) -> dict[str, Interval]:
+    """exp of the cross-entropy per trained token, by group; the interval resamples rows."""
+    results = {}
+    for group in dict.fromkeys(row.group for row in rows):
+        chosen = [row for row in rows if row.group == group][:per_group]
+        losses, counts = [], []
+        chosen.sort(key=lambda row: len(row.token_ids))
+        for start in range(0, len(chosen), _BATCH_ROWS):
+            stop.check()
+            batch = chosen[start : start + _BATCH_ROWS]
+            for loss, count in _row_losses(llm, batch):
+                losses.append(loss)
+                counts.append(count)
+        results[group] = _ratio_perplexity(np.array(losses), np.array(counts))
+    return results
+
+
+@torch.no_grad()
+def kl_to_base(llm: FrozenLLM, base: FrozenLLM, rollouts: Rollouts) -> float:
+    """Mean KL(model || base) a token over the whole vocabulary, on the model's completions, nats."""
+    count = len(rollouts.prompt_N)
+    rows_N = torch.arange(0, count, max(1, count // _KL_ROLLOUTS), device=llm.device)
+    total, positions = 0.0, 0
+    for rows in rows_N.split(_BATCH_ROWS):
+        mask_NT = rollouts.mask_NT[rows]
+        base_MD = completion_hidden_states(base, rollouts, rows)[mask_NT]
+        own_MD = completion_hidden_states(llm, rollouts, rows)[mask_NT]
+        for own, other in zip(own_MD.split(_CHUNK_ROWS), base_MD.split(_CHUNK_ROWS), strict=True):
+            own_MV = llm.head(own).log_softmax(-1)
+            base_MV = base.head(other).log_softmax(-1)
+            total += float(F.kl_div(base_MV, own_MV, reduction="sum", log_target=True))
+            positions += len(own)
+    return total / positions
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Distinct word n-grams over all word n-grams; 0 where there are none."""
+    grams = [
+        tuple(words[i : i + n]) for text in texts for words in [text.split()]
+        for i in range(len(words) - n + 1)
+    ]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def save(path: Path, evaluations: Sequence[Evaluation]) -> None:
+    """Write results as JSON."""
+    path.write_text(json.dumps([asdict(one) for one in evaluations], indent=2) + "\n")
+
+
+def load(path: Path) -> list[Evaluation]:
+    """Read what `save` wrote."""
+
+    def interval(value: dict[str, float] | None) -> Interval | None:
+        return None if value is None else Interval(**value)
+
+    def group(value: dict[str, object]) -> GroupResult:
+        fields = {
+            name: interval(part) if isinstance(part, dict) else part for name, part in value.items()
+        }
+        return GroupResult(**fields)  # type: ignore[arg-type]  # as written by `save`
+
+    return [
+        Evaluation(
+            **(
+                one
+                | {
+                    "groups": {name: group(value) for name, value in one["groups"].items()},
+                    "perplexity": {
+                        name: Interval(**value) for name, value in one["perplexity"].items()
+                    },
+                }
+            )
+        )
+        for one in json.loads(path.read_text())
+    ]
+
+
+def table(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the comparison that people read."""
+    columns = ["", *(one.model for one in evaluations)]
+    rows: list[list[str]] = []
+
+    def add(title: str, cells: Sequence[str]) -> None:
+        rows.append([title, *cells])
+
+    for name in evaluations[0].groups:
+        groups = [one.groups[name] for one in evaluations]
+        add(f"{name}: prompts x samples", [f"{g.prompts} x {g.samples // g.prompts}" for g in groups])
+        add("  violations, training scorer", [g.violation.percent() for g in groups])
+        if evaluations[0].judge is not None:
+            shares = [g.judge_violation.percent() if g.judge_violation else "–" for g in groups]
+            add("  violations, judge", shares)
+        add("  mean score", [g.score.plain(3) for g in groups])
+        add("  expected maximum violation", [g.expected_maximum.plain(3) for g in groups])
+        add("  prompts with any violation", [g.any_violation.percent() for g in groups])
+        distincts = [f"{g.distinct_1:.2f} / {g.distinct_2:.2f} / {g.distinct_3:.2f}" for g in groups]
+        add("  distinct-1 / 2 / 3", distincts)
+        add("  mean length, tokens", [f"{g.length:.1f}" for g in groups])
+    for name in evaluations[0].perplexity:
+        add(f"perplexity, held-out {name}", [one.perplexity[name].plain() for one in evaluations])
+    kls = ["–" if one.kl_to_base is None else f"{one.kl_to_base:.3f}" for one in evaluations]
+    add("KL to the base, nats a token", kls)
+    return columns, rows
+
+
+def choose_prompts(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """So many prompts of each group, by their ids: a choice that no order of files changes."""
+    chosen: list[Prompt] = []
+    for group in dict.fromkeys(prompt.group for prompt in prompts):
+        members = sorted((p for p in prompts if p.group == group), key=lambda prompt: prompt.id)
+        chosen += members[:count]
+    return chosen
+
+
+def _group_results(
+    rollouts: Rollouts, scorer: Scorer, judge: Scorer | None, config: Config
+) -> dict[str, GroupResult]:
+    prompt_texts = rollouts.prompt_texts
+    scores = np.array(score_all(scorer, prompt_texts, rollouts.texts))
+    judged = None if judge is None else np.array(score_all(judge, prompt_texts, rollouts.texts))
+    prompts, samples = len(rollouts.prompts), config.evaluation.samples_per_prompt
+    scores_SK = scores.reshape(prompts, samples)
+    violated_SK = scores_SK < config.constraint.satisfied_at
+    lengths_SK = rollouts.mask_NT.sum(-1).reshape(prompts, samples).double().cpu().numpy()
+    results = {}
+    for group in dict.fromkeys(prompt.group for prompt in rollouts.prompts):
+        inside = np.array([prompt.group == group for prompt in rollouts.prompts])
+        texts = [
+            text
+            for text, i in zip(rollouts.texts, rollouts.prompt_N.tolist(), strict=True)
+            if inside[i]
+        ]
+        judge_violation = None
+        if judged is not None:
+            below = judged.reshape(prompts, samples) < config.evaluation.judge_satisfied_at
+            judge_violation = bootstrap(below[inside].mean(axis=1))
+        results[group] = GroupResult(
+            prompts=int(inside.sum()),
+            samples=int(inside.sum()) * samples,
+            satisfaction=bootstrap(1 - violated_SK[inside].mean(axis=1)),
+            violation=bootstrap(violated_SK[inside].mean(axis=1)),
+            score=bootstrap(scores_SK[inside].mean(axis=1)),
+            expected_maximum=bootstrap((1 - scores_SK[inside]).max(axis=1)),
+            any_violation=bootstrap(violated_SK[inside].any(axis=1)),
+            judge_violation=judge_violation,
+            distinct_1=distinct(texts, 1),
+            distinct_2=distinct(texts, 2),
+            distinct_3=distinct(texts, 3),
+            length=float(lengths_SK[inside].mean()),
+        )
+    return results
+
+
+def _row_losses(llm: FrozenLLM, rows: Sequence[Row]) -> list[tuple[float, int]]:
+    """Summed cross-entropy and number of trained tokens of each row."""
+    ids_BL, lengths_B = pad_right([row.token_ids for row in rows], pad_id(llm.tokenizer), llm.device)
+    hidden_BLD = llm.hidden_states(ids_BL, lengths_B)
+    losses = []
+    for i, row in enumerate(rows):
+        trained_L = torch.tensor(row.trained[1:], device=llm.device)
+        length = len(row.token_ids)
+        logits_MV = llm.head(hidden_BLD[i, : length - 1][trained_L])
+        loss = F.cross_entropy(logits_MV, ids_BL[i, 1:length][trained_L], reduction="sum")
+        losses.append((float(loss), int(trained_L.sum())))
+    return losses
+
+
+def _ratio_perplexity(losses: np.ndarray, counts: np.ndarray) -> Interval:
+    """exp(sum of losses / sum of tokens) and its bootstrap over rows."""
+    draws = np.random.default_rng(0).integers(len(losses), size=(_RESAMPLES, len(losses)))
+    resampled = np.exp(losses[draws].sum(axis=1) / counts[draws].sum(axis=1))
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    mean = float(np.exp(losses.sum() / counts.sum()))
+    return Interval(mean=mean, low=float(low), high=float(high))

@@ -1,0 +1,32 @@
+"""How much memory a run will need, before it starts."""
+
+from constrained_ft.config import Config
+from constrained_ft.llm import LLM
+
+_CHUNK_ROWS = 256
+_LIVE_LOGITS = 7  # float32 tensors of [chunk rows, vocabulary] alive in one loss
+_RUNTIME_BYTES = 600 * 2**20  # interpreter and libraries
+
+
+def estimate_memory(llm: LLM, config: Config) -> int:
+    """Bytes at the peak: weights, optimizer, frozen copies, one chunk of logits, activations."""
+    parameters = list(llm.module.parameters())
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    # Gradient, two moments, and the frozen reference, float32 each.
+    optimizer = 4 * 4 * trained
+    size, width = llm.head.weight_VD.shape
+    head = 0 if llm.head.weight_VD.requires_grad else 4 * size * width
+    logits = 4 * _LIVE_LOGITS * _CHUNK_ROWS * size
+    # The auxiliary keeps its own float32 embeddings.
+    auxiliary = 4 * size * (width + 2 * config.auxiliary.rank)
+    text = llm.module.config.get_text_config()
+    tokens = config.trainer.per_device_train_batch_size * config.data.max_length
+    per_token = 34 * text.hidden_size * (2 if llm.bf16 else 4)
+    layers = 1 if config.llm.gradient_checkpointing else text.num_hidden_layers
+    activations = tokens * per_token * layers
+    rollouts = config.prompts.prompts_per_iteration * config.prompts.samples_per_prompt
+    kept = config.auxiliary.replay_iterations + 1
+    replay = rollouts * config.prompts.max_new_tokens * width * (2 if llm.bf16 else 4) * kept
+    total = weights + optimizer + head + logits + auxiliary + activations + replay
+    return total + _RUNTIME_BYTES

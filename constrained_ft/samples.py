@@ -1,0 +1,111 @@
+"""What the LLM says, on disk: every scored rollout, and the same few prompts after each iteration."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from constrained_ft import evaluate
+from constrained_ft.config import Config
+from constrained_ft.data import Prompt
+from constrained_ft.distributed import seed_for
+from constrained_ft.llm import FrozenLLM
+from constrained_ft.parts import Parts
+from constrained_ft.progress import Silent
+from constrained_ft.rollouts import Guide, LabeledRollouts, sample
+from constrained_ft.run_folder import RunFolder
+from constrained_ft.scorers import score_all
+from constrained_ft.target import Target
+
+_PROMPTS = 2  # of each group
+
+
+def record_base(parts: Parts, config: Config, folder: RunFolder) -> None:
+    """What the base model says to the fixed prompts: the file of iteration 0."""
+    file = folder.samples_file(0)
+    if not file.exists():
+        prompts = _fixed_prompts(parts)
+        texts = _complete(parts, config, parts.llm.frozen(), prompts, None)
+        _write_rows(file, _rows(parts, prompts, {"base": texts}))
+
+
+def record_iteration(
+    parts: Parts, config: Config, folder: RunFolder, target: Target, iteration: int
+) -> None:
+    """The iteration's rollouts, and what the LLM says to the fixed prompts now."""
+    if target.iteration == iteration:
+        _write_rollouts(folder, target.labeled, parts.scorer.version)
+    prompts = _fixed_prompts(parts)
+    base = [json.loads(line)["base"] for line in folder.samples_file(0).read_text().splitlines()]
+    now = parts.llm.frozen()
+    tuned = _complete(parts, config, now, prompts, None)
+    guided = _complete(parts, config, now, prompts, parts.auxiliary.frozen().guide())
+    rows = _rows(parts, prompts, {"base": base, "tuned": tuned, "guided": guided})
+    _write_rows(folder.samples_file(iteration), rows)
+    for row in rows:
+        scores = row["scores"]
+        assert isinstance(scores, dict)
+        parts.display.sample(str(row["prompt"]), str(row["base"]), str(row["tuned"]), scores["tuned"])
+
+
+def _fixed_prompts(parts: Parts) -> list[Prompt]:
+    return evaluate.choose_prompts(parts.prompts.held_out, _PROMPTS)
+
+
+def _complete(
+    parts: Parts, config: Config, llm: FrozenLLM, prompts: Sequence[Prompt], guide: Guide | None
+) -> list[str]:
+    """One completion of each prompt; the same uniform numbers whoever completes."""
+    rollouts = sample(
+        llm,
+        prompts,
+        samples_per_prompt=1,
+        max_new_tokens=config.prompts.max_new_tokens,
+        batch_size=config.sampler.batch_size,
+        seed=seed_for(config.seed, "fixed prompts"),
+        iteration=0,
+        display=Silent(),
+        stop=parts.stop,
+        guide=guide,
+    )
+    return list(rollouts.texts)
+
+
+def _rows(
+    parts: Parts, prompts: Sequence[Prompt], texts: Mapping[str, Sequence[str]]
+) -> list[dict[str, object]]:
+    questions = [prompt.text for prompt in prompts]
+    scores = {name: score_all(parts.scorer, questions, said) for name, said in texts.items()}
+    return [
+        {"prompt": prompt.text, "group": prompt.group}
+        | {name: said[i] for name, said in texts.items()}
+        | {"scores": {name: values[i] for name, values in scores.items()}}
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def _write_rollouts(folder: RunFolder, labeled: LabeledRollouts, scorer_version: str) -> None:
+    rollouts = labeled.rollouts
+    rows = [
+        {
+            "prompt": prompt,
+            "completion": text,
+            "score": score,
+            "satisfied": satisfied,
+            "llm_iteration": rollouts.iteration,
+            "scorer_version": scorer_version,
+        }
+        for prompt, text, score, satisfied in zip(
+            rollouts.prompt_texts,
+            rollouts.texts,
+            labeled.scores_N.tolist(),
+            labeled.satisfied_N.tolist(),
+            strict=True,
+        )
+    ]
+    _write_rows(folder.rollouts_file(rollouts.iteration), rows)
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
