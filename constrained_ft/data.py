@@ -15,6 +15,8 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -127,14 +129,11 @@ class Corpus:
     def batch(self, step: int, size: int, seed: int) -> tuple[Row, ...]:
         """The rows of a step (counted from 0): every row once before any comes up again."""
         total = len(self.training)
-        orders: dict[int, list[int]] = {}
-        rows = []
-        for position in range(step * size, (step + 1) * size):
-            epoch, offset = divmod(position, total)
-            if epoch not in orders:
-                orders[epoch] = _permutation(total, seed, "corpus", epoch)
-            rows.append(self.training[orders[epoch][offset]])
-        return tuple(rows)
+        places = (divmod(position, total) for position in range(step * size, (step + 1) * size))
+        return tuple(
+            self.training[_permutation(total, seed, "corpus", epoch)[offset]]
+            for epoch, offset in places
+        )
 
 
 def check_sources(data: DataConfig, prompts: PromptsConfig) -> None:
@@ -166,13 +165,14 @@ def load_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Corpu
     validation: list[Row] = []
     by_group: dict[str, CorpusStats] = {}
     for (group, repeat), records in _grouped(config).items():
+        documents = encoder.documents(records, config.max_length)
         held_out = _held_out([record.key for record in records], config.validation_share)
-        rows_of = encoder.rows(records, config.max_length)
-        mine = [r for rows, held in zip(rows_of, held_out, strict=True) if not held for r in rows]
-        held = [r for rows, held in zip(rows_of, held_out, strict=True) if held for r in rows]
-        training += mine * repeat
-        validation += held
-        stats = _stats(records, rows_of, mine, held)
+        sides: dict[bool, list[Row]] = {False: [], True: []}
+        for document, is_held_out in zip(documents, held_out, strict=True):
+            sides[is_held_out] += document.rows
+        training += sides[False] * repeat
+        validation += sides[True]
+        stats = _stats(documents, sides[False], sides[True])
         by_group[group] = _sum_stats([stats, *([by_group[group]] if group in by_group else [])])
     total = _sum_stats(list(by_group.values()), by_group)
     if not training:
@@ -275,28 +275,28 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 # Order --------------------------------------------------------------------------------------------
 
 
-def _permutation(total: int, seed: int, purpose: str, epoch: int) -> list[int]:
+@lru_cache(maxsize=4)
+def _permutation(total: int, seed: int, purpose: str, epoch: int) -> tuple[int, ...]:
     # Imported late, so that files can be checked without loading torch.
     import torch
 
     from constrained_ft.distributed import generator_for
 
-    order: list[int] = torch.randperm(
-        total, generator=generator_for(seed, purpose, epoch)
-    ).tolist()
-    return order
+    order = torch.randperm(total, generator=generator_for(seed, purpose, epoch))
+    return tuple(order.tolist())
 
 
 def _epoch_order(total: int, count: int, seed: int, epoch: int) -> tuple[list[int], list[int]]:
-    """The order of a pass over the prompts, and its rest that the next pass's first iteration takes.
+    """The order of a pass over the prompts, and its rest: what no full iteration is left for.
 
-    That iteration would repeat a prompt if the next pass began with one of the rest, so those are
-    put behind the prompts that it needs. Each pass therefore depends on the one before.
+    An iteration takes the rest together with the beginning of the next pass. It would repeat a
+    prompt if that began with one of the rest, so those are put behind the prompts that it needs;
+    each pass therefore depends on the one before.
     """
     order: list[int] = []
     tail: list[int] = []
     for current in range(epoch + 1):
-        order = _permutation(total, seed, "prompts", current)
+        order = list(_permutation(total, seed, "prompts", current))
         if tail:
             missing = count - len(tail)
             rest = set(tail)
@@ -419,12 +419,13 @@ def _content(row: dict[str, Any], text_column: str, origin: str) -> _Text | _Com
 
 def _is_empty(content: _Text | _Completion | _Chat, origin: str, *, skip: bool) -> bool:
     match content:
-        case _Text(text=text):
-            empty = not text.strip()
-        case _Completion(completion=completion):
-            empty = not completion.strip()
-        case _Chat(messages=messages):
-            empty = not messages
+        case _Text():
+            said = content.text
+        case _Completion():
+            said = content.completion
+        case _:
+            said = "".join(message["content"] for message in content.messages)
+    empty = not said.strip()
     if empty and not skip:
         raise DataError(f"{origin} is empty; remove it, or set skip_empty=true")
     return empty
@@ -523,7 +524,7 @@ def _file_table(file: Path, format_: str, wanted: list[str]) -> Any:
     options: dict[str, Any] = {}
     if format_ == "csv":
         # All CSV is text: without this, `NA` would be missing and `007` a number.
-        options["converters"] = {column: str for column in wanted}
+        options["converters"] = dict.fromkeys(wanted, str)
     with _quiet_datasets() as datasets, tempfile.TemporaryDirectory() as cache:
         try:
             table = datasets.load_dataset(
@@ -620,7 +621,9 @@ class _Draft:
 
 def _file_prompts(name: str, source: SourceConfig) -> list[_Draft]:
     if source.repeat > 1:
-        raise ConfigError(f"prompts: `repeat` of {name} is for the corpus; prompts are not repeated")
+        raise ConfigError(
+            f"prompts: `repeat` of {name} is for the corpus; prompts are not repeated"
+        )
     drafts = []
     for origin, row in _rows(name, source):
         columns = (source.text_column, "prompt", "text")
@@ -652,19 +655,24 @@ def _corpus_prompts(
         for record, held in zip(records, held_out, strict=True):
             if held:
                 continue
-            match record.content:
-                case _Text(text=text):
-                    text, rendered = _opening(text, words), False
-                case _Completion(prompt=text):
-                    rendered = False
-                case _Chat(messages=messages):
-                    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-                    before = messages[: turns[-1]] if turns else messages
-                    text = _render(tokenizer, before, record.origin, add_generation_prompt=True)
-                    rendered = True
+            text = _prompt_of(record, words, tokenizer)
+            rendered = isinstance(record.content, _Chat)
             if text.strip():
                 drafts.append(_Draft(text=text, group=group, rendered=rendered))
     return drafts
+
+
+def _prompt_of(record: _Record, words: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    content = record.content
+    match content:
+        case _Text():
+            return _opening(content.text, words)
+        case _Completion():
+            return content.prompt
+        case _Chat():
+            turns = [i for i, m in enumerate(content.messages) if m["role"] == "assistant"]
+            before = content.messages[: turns[-1]] if turns else content.messages
+            return _render(tokenizer, before, record.origin, add_generation_prompt=True)
 
 
 def _prompts(drafts: Sequence[_Draft], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
@@ -710,11 +718,22 @@ def _render(
     return text
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Document:
+    """What became of one record."""
+
+    rows: tuple[Row, ...]
+    length: int
+    """Tokens before it was split or cut."""
+    truncated: bool
+    """Whether tokens were cut off."""
+
+
 class _Encoder:
     """Turns rows into tokens and masks, the way the model will see them when it is sampled.
 
-    A prompt and its completion are tokenised apart: when sampling, the model is given the tokens of
-    the prompt alone, so a token never straddles the border between them.
+    When sampling, the model is given the tokens of the prompt alone, so no token may straddle the
+    border between a prompt and its completion.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -735,7 +754,7 @@ class _Encoder:
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
-    def rows(self, records: Sequence[_Record], max_length: int) -> list[list[Row]]:
+    def documents(self, records: Sequence[_Record], max_length: int) -> list[_Document]:
         """The rows of each record: several where a plain text is longer than `max_length`."""
         eos = self._tokenizer.eos_token_id
         if not isinstance(eos, int):
@@ -744,21 +763,45 @@ class _Encoder:
                 "`eos_token` in its tokenizer_config.json"
             )
         segments = [self._segments(record) for record in records]
-        ids = iter(self.encode([text for parts in segments for text, _ in parts]))
-        rows = []
-        for record, parts in zip(records, segments, strict=True):
-            tokens: list[int] = []
-            trained: list[bool] = []
-            for _, is_trained in parts:
-                piece = next(ids)
-                tokens += piece
-                trained += [is_trained] * len(piece)
+        documents = []
+        for record, parts, pieces in zip(records, segments, self._pieces(segments), strict=True):
+            tokens = [token for piece in pieces for token in piece]
+            trained = [
+                is_trained
+                for piece, (_, is_trained) in zip(pieces, parts, strict=True)
+                for _ in piece
+            ]
             # The end is trained by its place; a chat that ends with a question has no end.
             if parts[-1][1] and tokens[-1:] != [eos]:
                 tokens.append(eos)
                 trained.append(True)
-            rows.append(self._cut(record, tokens, trained, max_length))
-        return rows
+            documents.append(self._cut(record, tokens, trained, max_length))
+        return documents
+
+    def _pieces(self, segments: Sequence[list[tuple[str, bool]]]) -> list[list[list[int]]]:
+        """The tokens of each segment of each record.
+
+        A segment's tokens are what it adds to the tokens of all text before it; where a token would
+        straddle the border, the segment is tokenised by itself.
+        """
+        texts = [
+            ["".join(text for text, _ in parts[: i + 1]) for i in range(len(parts))]
+            for parts in segments
+        ]
+        ids = iter(self.encode([text for of_record in texts for text in of_record]))
+        pieces = []
+        for parts in segments:
+            before: list[int] = []
+            of_record = []
+            for text, _ in parts:
+                upto = next(ids)
+                if upto[: len(before)] == before:
+                    of_record.append(upto[len(before) :])
+                else:
+                    of_record.append(self.encode([text])[0])
+                before = upto
+            pieces.append(of_record)
+        return pieces
 
     def _segments(self, record: _Record) -> list[tuple[str, bool]]:
         """Consecutive pieces of text, and whether each is trained."""
@@ -781,9 +824,7 @@ class _Encoder:
         segments: list[tuple[str, bool]] = []
         done = 0
         for turn in turns:
-            before = _render(
-                self._tokenizer, messages[:turn], origin, add_generation_prompt=True
-            )
+            before = _render(self._tokenizer, messages[:turn], origin, add_generation_prompt=True)
             after = _render(
                 self._tokenizer, messages[: turn + 1], origin, add_generation_prompt=False
             )
@@ -799,11 +840,13 @@ class _Encoder:
             segments += [(full[done : len(before)], False), (kept, True)]
             done = len(before) + len(kept)
         rest = full[done:]
-        return [*segments, (rest, False)] if rest.strip() or turns[-1] < len(messages) - 1 else segments
+        if turns[-1] == len(messages) - 1 and not rest.strip():
+            return segments
+        return [*segments, (rest, False)]
 
     def _cut(
         self, record: _Record, tokens: list[int], trained: list[bool], max_length: int
-    ) -> list[Row]:
+    ) -> _Document:
         is_text = isinstance(record.content, _Text)
         prefix = () if isinstance(record.content, _Chat) else self.prefix
         room = max_length - len(prefix)
@@ -815,20 +858,19 @@ class _Encoder:
             borders = [len(tokens) * i // pieces for i in range(pieces + 1)]
         else:
             borders = [0, min(len(tokens), room)]
-        rows = []
-        for start, stop in zip(borders, borders[1:], strict=False):
-            ids = (*prefix, *tokens[start:stop])
-            mask = (*(False for _ in prefix), *trained[start:stop])
-            rows.append(
-                Row(
-                    token_ids=ids,
-                    trained=(False, *mask[1:]),
-                    group=record.group,
-                    prompted=not is_text,
-                )
+        rows = tuple(
+            Row(
+                token_ids=(*prefix, *tokens[start:stop]),
+                trained=_mask(len(prefix), trained[start:stop]),
+                group=record.group,
+                prompted=not is_text,
             )
+            for start, stop in pairwise(borders)
+        )
         self._check_row(record, rows[0], max_length)
-        return rows
+        return _Document(
+            rows=rows, length=len(prefix) + len(tokens), truncated=borders[-1] < len(tokens)
+        )
 
     def _check_row(self, record: _Record, row: Row, max_length: int) -> None:
         bos = self._tokenizer.bos_token_id
@@ -844,13 +886,24 @@ class _Encoder:
             )
 
 
+def _mask(num_prefix: int, trained: Sequence[bool]) -> tuple[bool, ...]:
+    mask = [False] * num_prefix + list(trained)
+    mask[0] = False  # Nothing stands before the first token to predict it from.
+    return tuple(mask)
+
+
 def _stats(
-    records: Sequence[_Record],
-    rows_of: Sequence[Sequence[Row]],
-    training: Sequence[Row],
-    validation: Sequence[Row],
+    documents: Sequence[_Document], training: Sequence[Row], validation: Sequence[Row]
 ) -> CorpusStats:
-    raise NotImplementedError
+    return CorpusStats(
+        rows=len(training),
+        tokens=sum(len(row.token_ids) for row in training),
+        trained_tokens=sum(sum(row.trained) for row in training),
+        longest=max(document.length for document in documents),
+        truncated_rows=sum(document.truncated for document in documents),
+        split_documents=sum(len(document.rows) > 1 for document in documents),
+        validation_rows=len(validation),
+    )
 
 
 def _sum_stats(
