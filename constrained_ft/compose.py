@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Key",
+    "assignment",
     "compose",
     "config_to_yaml",
+    "default_options",
     "differences",
     "expand_sweep",
     "groups",
@@ -390,6 +392,22 @@ def groups(config_dirs: Sequence[Path] = ()) -> dict[str, list[str]]:
             found.setdefault(group, set()).add("/".join(option))
     ours_first = [name for name in (*Config.model_fields, EXPERIMENT) if name in found]
     return {name: sorted(found[name]) for name in dict.fromkeys([*ours_first, *sorted(found)])}
+
+
+def default_options() -> dict[str, str | None]:
+    """The option of each group that `cft train` starts with."""
+    from omegaconf import OmegaConf
+
+    defaults = OmegaConf.to_container(OmegaConf.load(_package_file(f"{PRIMARY}.yaml")))
+    assert isinstance(defaults, dict)
+    pairs = [item for item in defaults["defaults"] if isinstance(item, dict)]
+    return {str(group): option for pair in pairs for group, option in pair.items()}
+
+
+def assignment(key: str, value: str) -> str:
+    """`key=value` for a text, quoted where the override syntax would read it differently."""
+    is_plain = re.fullmatch(r"[A-Za-z_/.][\w/.-]*", value) is not None
+    return f"{key}={value if is_plain else _quoted(value)}"
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -1,0 +1,83 @@
+"""The `cft` command: reads arguments, prints, and turns errors into exit codes.
+
+Nothing here imports torch, so that `cft --help` and a wrong key answer at once.
+"""
+
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Annotated
+
+import typer
+from constrained_ft.cli import configure, launch, measure
+from constrained_ft.cli.settings import Settings
+
+from constrained_ft.errors import CftError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="cft",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
+    epilog="Exit codes: 0 done · 1 unexpected failure · 2 usage or configuration · 3 model, data "
+    "or scorer is missing · 4 a guard stopped the run · 75 interrupted, --resume continues · "
+    "130 Ctrl-C twice",
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"cft {metadata.version('constrained-ft')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Results and errors only.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Also what other libraries have to say.")
+    ] = False,
+    no_color: Annotated[bool, typer.Option("--no-color", help="No colours.")] = False,
+) -> None:
+    """Fine-tune a language model on your text; keep an attribute of what it says under control."""
+    settings: Settings = ctx.obj
+    settings.debug, settings.quiet = debug, quiet
+    settings.verbose, settings.color = verbose, not no_color
+
+
+app.command()(launch.train)
+app.command()(measure.evaluate)
+app.command()(measure.generate)
+app.add_typer(configure.app, name="config")
+app.command()(measure.selfcheck)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command and leave the process with its exit code."""
+    settings = Settings()
+    try:
+        app(args=arguments, prog_name="cft", obj=settings)
+    except CftError as error:
+        if settings.debug:
+            traceback.print_exc()
+        settings.complain(str(error))
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if settings.debug:
+            traceback.print_exc()
+        notes = [*getattr(error, "__notes__", []), "`cft --debug ...` shows the traceback"]
+        settings.complain(f"unexpected {type(error).__name__}: {error} ({'; '.join(notes)})")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

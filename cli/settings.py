@@ -1,0 +1,54 @@
+"""What the options before a command say, and the consoles that follow from it."""
+
+import os
+import sys
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.text import Text
+
+__all__ = ["Settings"]
+
+
+@dataclass
+class Settings:
+    """The root options; filled by the root callback."""
+
+    debug: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    color: bool = True
+
+    def console(self, *, stderr: bool = False) -> Console:
+        """A console for progress and results, or for errors."""
+        return Console(stderr=stderr, no_color=True if not self.color else None, highlight=False)
+
+    def complain(self, message: str) -> None:
+        """One error message, nothing else."""
+        text = Text("error: ", style="bold red").append(message, style="not bold default")
+        self.console(stderr=True).print(text, soft_wrap=True)
+
+    def flags(self) -> list[str]:
+        """The same options for a child process."""
+        given = {
+            "--debug": self.debug,
+            "-q": self.quiet,
+            "-v": self.verbose,
+            "--no-color": not self.color,
+        }
+        return [flag for flag, is_set in given.items() if is_set]
+
+    def quiet_libraries(self) -> None:
+        """Keep other libraries' progress bars and advice out of the display, unless -v is given.
+
+        They read these when they are imported.
+        """
+        if self.verbose or "torch" in sys.modules:
+            return
+        for name, value in {
+            "TRANSFORMERS_VERBOSITY": "error",
+            "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        }.items():
+            os.environ.setdefault(name, value)
