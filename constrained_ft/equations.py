@@ -20,7 +20,7 @@ these, and every function is tested against the enumeration of small language mo
 """
 
 import math
-from typing import overload
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -78,12 +78,28 @@ def kl_to_target(
 
     Source: [CFT], the regulariser in its closed form over the vocabulary.
     """
-    target_logprobs = target_logprobs.detach()
-    target_probs = target_logprobs.exp()
-    log_ratio = target_logprobs - torch.log_softmax(llm_logits, dim=-1)
-    kl = torch.where(target_probs > 0, target_probs * log_ratio, 0.0).sum(-1)
-    # Rounding can leave a KL of -1e-7: mend the value, keep the gradient.
-    return torch.where(kl < 0, kl - kl.detach(), kl)
+    kl: Tensor = _KLToTarget.apply(target_logprobs.detach(), llm_logits)  # type: ignore[no-untyped-call]
+    return kl
+
+
+class _KLToTarget(torch.autograd.Function):
+    """Keeps p - q alone for the backward pass: half the time and a third of the memory."""
+
+    @staticmethod
+    def forward(ctx: Any, target_logprobs: Tensor, llm_logits: Tensor) -> Tensor:
+        llm_logprobs = torch.log_softmax(llm_logits, dim=-1)
+        target_probs = target_logprobs.exp()
+        terms = (target_logprobs - llm_logprobs).mul_(target_probs)
+        terms.masked_fill_(target_probs == 0, 0.0)
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(llm_logprobs.exp_().sub_(target_probs))
+        # Rounding can leave a sum of -1e-7.
+        return terms.sum(-1).clamp_(min=0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, Tensor]:
+        (difference,) = ctx.saved_tensors
+        return None, difference * grad_outputs[0].unsqueeze(-1)
 
 
 def expected_satisfaction_logprobs(
@@ -165,6 +181,31 @@ def log_floor_for_threshold(
     threshold_logit = _logit(threshold)
     shortfall = satisfaction_logit - threshold_logit
     return torch.where(satisfaction_logit >= threshold_logit, 0.0, shortfall)
+
+
+def target_kl(
+    satisfaction_logprob: Float[Tensor, "*dims"],
+    violation_logprob: Float[Tensor, "*dims"],
+    floor: Number | Float[Tensor, "*#dims"] = 0.0,
+) -> Float[Tensor, "*dims"]:
+    """KL(q* || p) over whole completions, in nats: how far the target is from the reference.
+
+    -log Z + V log alpha,  Z = alpha + (1 - alpha) R(x),  V = alpha (1 - R(x)) / Z = P_q[C = 0]
+
+    Without a floor it is -log R(x). For a constraint that is 0 or 1.
+
+    Args:
+        satisfaction_logprob: log R(x).
+        violation_logprob: log(1 - R(x)).
+        floor: alpha in [0, 1], a number or a tensor that broadcasts.
+
+    Raises:
+        ValueError: if a number given as floor is outside [0, 1].
+    """
+    log_normaliser = floored_logprob(satisfaction_logprob, floor)
+    floor = torch.as_tensor(floor, dtype=log_normaliser.dtype, device=log_normaliser.device)
+    violation = torch.exp(violation_logprob - log_normaliser)
+    return torch.xlogy(floor, floor) * violation - log_normaliser
 
 
 def log_odds(

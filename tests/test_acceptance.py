@@ -258,10 +258,11 @@ def test_the_target_meets_a_threshold_exactly(threshold: float) -> None:
             close(target, world.probs, atol=1e-12)
             continue
         close(target @ world.labels, threshold, atol=1e-10)
-        if threshold < 1:
-            wanted = np.array([threshold, 1 - threshold])
-            bernoulli = oracle.kl(wanted, np.array([world.rate, 1 - world.rate]))
-            close(oracle.kl(target, world.probs), bernoulli, atol=1e-10)
+        kl = oracle.kl(target, world.probs)
+        rate = torch.tensor(world.rate, dtype=torch.float64)
+        close(equations.target_kl(rate.log(), torch.log1p(-rate), floor), kl, atol=1e-10)
+        wanted = np.array([threshold, 1 - threshold])
+        close(oracle.kl(wanted, np.array([world.rate, 1 - world.rate])), kl, atol=1e-10)
 
 
 def test_no_other_distribution_that_meets_the_threshold_is_closer() -> None:

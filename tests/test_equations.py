@@ -197,6 +197,12 @@ def test_a_floored_logprob_is_the_log_of_the_floored_probability() -> None:
         assert not floored.isnan().any()
 
 
+def test_the_kl_of_the_target_is_zero_where_nothing_is_asked() -> None:
+    rates = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
+    close(equations.target_kl(rates.log(), torch.log1p(-rates), 1.0), 0.0, atol=1e-15)
+    close(equations.target_kl(rates.log(), torch.log1p(-rates))[1:], -rates[1:].log(), atol=1e-15)
+
+
 # Weights
 
 
