@@ -105,6 +105,8 @@ class WordsScorerConfig(Section):
     """Words or phrases given here, in addition to those of `path`."""
     min_severity: float = 0.0
     """Use only rows whose `severity_rating` column is at least this."""
+    ignore: tuple[str, ...] = ()
+    """Words of `path` that do not count."""
 
     @model_validator(mode="after")
     def _has_words(self) -> Self:

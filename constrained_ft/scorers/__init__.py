@@ -19,7 +19,7 @@ from constrained_ft.scorers.function import FunctionScorer
 from constrained_ft.scorers.letters import LettersScorer
 from constrained_ft.scorers.linear import LinearScorer
 from constrained_ft.scorers.protocol import Score, ScoreFailure, Scorer
-from constrained_ft.scorers.words import WordsScorer, read_words
+from constrained_ft.scorers.words import WordsScorer, read_words, without
 
 __all__ = ["Score", "ScoreFailure", "Scorer", "build_scorer", "probe", "score_all"]
 
@@ -38,7 +38,8 @@ def build_scorer(config: ScorerConfig) -> Scorer:
         case LinearScorerConfig():
             return LinearScorer()
         case WordsScorerConfig():
-            return WordsScorer(read_words(config.path, config.words, config.min_severity))
+            listed = [] if config.path is None else read_words(config.path, config.min_severity)
+            return WordsScorer([*config.words, *without(listed, config.ignore)])
         case LettersScorerConfig():
             return LettersScorer(config.letter, config.at_most)
         case FunctionScorerConfig():

@@ -16,7 +16,7 @@ class WordsScorer:
     """Looks for whole words and phrases in the completion, whatever their case."""
 
     def __init__(self, words: Sequence[str]) -> None:
-        distinct = sorted({" ".join(word.casefold().split()) for word in words} - {""})
+        distinct = sorted({_folded(word) for word in words} - {""})
         if not distinct:
             raise ScorerError(
                 "constraint.scorer.kind=words has an empty list: give `words`, a `path` with one "
@@ -36,29 +36,43 @@ class WordsScorer:
         ]
 
 
-def read_words(path: str | None, words: Sequence[str], min_severity: float) -> list[str]:
-    """The words of a list and of a file.
+def read_words(path: str, min_severity: float) -> list[str]:
+    """The words of a file.
 
     Args:
         path: one word or phrase a line, or a CSV file with a `text` column.
-        words: more words.
         min_severity: of a CSV file, use rows whose `severity_rating` is at least this.
 
     Raises:
         ScorerError: if the file cannot be read.
         DataError: if it is not there.
     """
-    if path is None:
-        return list(words)
     file = resolve_file(path)
     try:
         if file.suffix.lower() == ".csv":
-            return [*words, *_csv_words(file, min_severity)]
+            return _csv_words(file, min_severity)
         if min_severity > 0:
             raise ScorerError(f"min_severity={min_severity} needs a CSV file; {file} is not one")
-        return [*words, *file.read_text(encoding="utf-8-sig").splitlines()]
+        return file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ScorerError(f"cannot read the word list {file}: {one_line(error)}") from error
+
+
+def without(words: Sequence[str], ignore: Sequence[str]) -> list[str]:
+    """The words that are not ignored.
+
+    Raises:
+        ScorerError: if an ignored word is not listed.
+    """
+    ignored = {_folded(word) for word in ignore}
+    missing = ignored - {_folded(word) for word in words}
+    if missing:
+        raise ScorerError(f"constraint words: `ignore` has {sorted(missing)}, which is not listed")
+    return [word for word in words if _folded(word) not in ignored]
+
+
+def _folded(word: str) -> str:
+    return " ".join(word.casefold().split())
 
 
 def _csv_words(file: Path, min_severity: float) -> list[str]:
