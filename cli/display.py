@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.padding import Padding
@@ -201,12 +202,15 @@ class TerminalDisplay:
         head.add_column(no_wrap=True, overflow="ellipsis")
         head.add_column(justify="right", no_wrap=True)
         head.add_row(Text(self._where(), style="bold"), Text(self._time_left(), style="dim"))
-        bar = ProgressBar(
-            total=max(self._total, 1),
-            completed=self._done,
-            pulse=self._total <= 1 and self._done == 0,
-            complete_style="cyan",
-            finished_style="cyan",
+        bar = Table.grid(expand=True)
+        bar.add_row(
+            ProgressBar(
+                total=max(self._total, 1),
+                completed=self._done,
+                pulse=self._total <= 1 and self._done == 0,
+                complete_style="cyan",
+                finished_style="cyan",
+            )
         )
         foot = Table.grid(expand=True)
         foot.add_column(no_wrap=True, overflow="ellipsis")
@@ -297,7 +301,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
         title_style="bold",
         header_style="bold",
         border_style="dim",
-        pad_edge=False,
+        box=SIMPLE_HEAD,
     )
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from constrained_ft.compose import config_to_yaml, differences, load_config
 from constrained_ft.config import Config
@@ -134,7 +134,7 @@ class RunFolder:
             )
         return load_config(self.config_file)
 
-    def start(self, config: Config, command: Sequence[str], *, clean: bool = False) -> Self:
+    def start(self, config: Config, command: Sequence[str], *, clean: bool = False) -> "RunFolder":
         """Begin a run here.
 
         Args:
@@ -161,7 +161,7 @@ class RunFolder:
         self.write_status("running", attempt=1, started=_now(), iteration=0, last_checkpoint=None)
         return self
 
-    def resume(self, config: Config, command: Sequence[str]) -> Self:
+    def resume(self, config: Config, command: Sequence[str]) -> "RunFolder":
         """Continue the run of this folder.
 
         Args:
@@ -270,13 +270,14 @@ class RunFolder:
 def newest_unfinished(parent: Path, config: Config) -> RunFolder | None:
     """The run in `parent` that was started last, with this configuration, and did not finish.
 
-    Runs that another process is writing to are passed over, and so are folders that cannot be read.
+    Passed over are runs that another process is writing to, runs that a guard stopped (they would
+    be stopped again), and folders that cannot be read.
     """
     found = []
     for file in parent.glob("*/status.json"):
         folder = RunFolder(file.parent)
         status = folder.status()
-        if status.get("state") in (None, "finished") or folder.is_running():
+        if status.get("state") in (None, "finished", "diverged") or folder.is_running():
             continue
         try:
             theirs = folder.config()
@@ -291,11 +292,14 @@ def write_atomically(file: Path, text: str) -> None:
     """Replace a file so that a reader, or a crash, sees the old text or the new, never a part."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.{os.getpid()}")
-    with part.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(file)
+    try:
+        with part.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _write_json(file: Path, tree: Mapping[str, object]) -> None:
