@@ -524,7 +524,7 @@ def _file_table(file: Path, format_: str, wanted: list[str]) -> Any:
     options: dict[str, Any] = {}
     if format_ == "csv":
         # All CSV is text: without this, `NA` would be missing and `007` a number.
-        options["converters"] = dict.fromkeys(wanted, str)
+        options = {"converters": dict.fromkeys(wanted, str), "na_filter": False}
     with _quiet_datasets() as datasets, tempfile.TemporaryDirectory() as cache:
         try:
             table = datasets.load_dataset(
@@ -677,7 +677,10 @@ def _prompt_of(record: _Record, words: int, tokenizer: PreTrainedTokenizerBase) 
 
 def _prompts(drafts: Sequence[_Draft], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """Tokenised prompts without duplicates: the first of equal ones stays."""
-    distinct = list({draft.text: draft for draft in reversed(drafts)}.values())[::-1]
+    first: dict[str, _Draft] = {}
+    for draft in drafts:
+        first.setdefault(draft.text, draft)
+    distinct = list(first.values())
     if not distinct:
         raise DataError("there are no prompts")
     encoder = _Encoder(tokenizer)
