@@ -5,7 +5,7 @@ Each field's docstring says what it means and in which unit. Hydra composes the 
 folder through the same class. Nothing here imports torch, so that a wrong key answers at once.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -109,7 +109,7 @@ class WordsScorerConfig(Section):
     """Words of `path` that do not count."""
 
     @model_validator(mode="after")
-    def _has_words(self) -> Self:
+    def _has_words(self) -> "WordsScorerConfig":
         if self.path is None and not self.words:
             raise ValueError("give `path`, a file with one word a line, or `words`, a list")
         return self
@@ -156,7 +156,7 @@ class ConstraintConfig(Section):
     """Strength of the tilt; used with `labels: tilt`."""
 
     @model_validator(mode="after")
-    def _threshold_needs_hard_labels(self) -> Self:
+    def _threshold_needs_hard_labels(self) -> "ConstraintConfig":
         if self.threshold < 1 and self.labels != "hard":
             raise ValueError(
                 f"threshold={self.threshold} needs labels=hard: with labels={self.labels} the floor "
@@ -194,7 +194,7 @@ class SourceConfig(Section):
     """How often each training row comes up in one pass over the corpus (corpus only)."""
 
     @model_validator(mode="after")
-    def _one_place(self) -> Self:
+    def _one_place(self) -> "SourceConfig":
         if (self.path is None) == (self.name is None):
             raise ValueError("give either `path` (a file) or `name` (a hub dataset)")
         if self.last_row is not None and self.last_row <= self.first_row:
@@ -228,7 +228,7 @@ class DataConfig(Section):
     """Share of the rows of each source held out for perplexity, chosen by a hash of the text."""
 
     @model_validator(mode="after")
-    def _one_shape(self) -> Self:
+    def _one_shape(self) -> "DataConfig":
         given = [bool(self.path), bool(self.name), bool(self.sources)]
         if sum(given) != 1:
             raise ValueError("give exactly one of `path`, `name` and `sources`")
@@ -266,7 +266,7 @@ class PromptsConfig(Section):
     """Share of the prompts that training never samples, chosen by a hash of the text."""
 
     @model_validator(mode="after")
-    def _one_shape(self) -> Self:
+    def _one_shape(self) -> "PromptsConfig":
         given = [bool(self.path), bool(self.name), bool(self.sources), self.from_corpus]
         if sum(given) != 1:
             raise ValueError("give exactly one of `path`, `name`, `sources` and `from_corpus`")
@@ -316,7 +316,7 @@ class TrainerConfig(Section):
     output head and both losses are always float32."""
 
     @model_validator(mode="after")
-    def _warmup_ends(self) -> Self:
+    def _warmup_ends(self) -> "TrainerConfig":
         steps = self.iterations * self.steps_per_iteration
         if self.warmup_steps >= steps:
             raise ValueError(
