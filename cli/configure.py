@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from constrained_ft.cli.launch import ConfigDirs, ConfigFile, Overrides, Request
-from constrained_ft.cli.settings import Settings
+from constrained_ft.cli.settings import settings
 
 if TYPE_CHECKING:
     from constrained_ft.compose import Key
@@ -30,7 +30,6 @@ def show(
 
 @app.command()
 def validate(
-    ctx: typer.Context,
     what: Annotated[
         list[str] | None,
         typer.Argument(
@@ -40,19 +39,19 @@ def validate(
     config_dir: ConfigDirs = None,
 ) -> None:
     """Check a configuration; exit code 0 if it is right, 2 if not."""
-    settings: Settings = ctx.obj
-    files = [text for text in what or () if "=" not in text]
-    overrides = tuple(text for text in what or () if "=" in text)
-    for file in [Path(text) for text in files] or [None]:
+    overrides = tuple(text for text in what or () if "=" in text or text.startswith("~"))
+    files: list[Path | None] = [Path(text) for text in what or () if text not in overrides]
+    if not files:
+        files = [None]  # the groups of the package
+    for file in files:
         folders = tuple(config_dir or ())
         config = Request(overrides=overrides, config_file=file, config_dirs=folders).config()
         if not settings.quiet:
-            typer.echo(f"ok: {file or config.name}")
+            typer.echo(f"ok: {config.name if file is None else file}")
 
 
 @app.command("list")
 def list_keys(
-    ctx: typer.Context,
     section: Annotated[
         str, typer.Argument(help="Only keys that begin with this, such as `trainer`.")
     ] = "",
@@ -63,7 +62,6 @@ def list_keys(
 
     from constrained_ft.compose import default_options, groups, keys_of_schema
 
-    settings: Settings = ctx.obj
     console = settings.console()
     defaults = default_options()
     console.print(Text("Groups: GROUP=OPTION, the default first", style="bold"))

@@ -280,7 +280,7 @@ def _sample_lines(prompt: str, before: str, after: str, score: float, *, width: 
     """Prompt and both completions, one line each."""
     lines = Text()
     for name, text, style in (
-        ("", prompt, "italic"),
+        ("prompt", prompt, "italic"),
         ("before", before, "dim"),
         ("after", after, ""),
     ):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from constrained_ft.cli.settings import Settings
+from constrained_ft.cli.settings import settings
 
 from constrained_ft.errors import CftError, ConfigError, DivergedError, Interrupted
 
@@ -79,7 +79,6 @@ class Request:
 
 
 def train(
-    ctx: typer.Context,
     overrides: Overrides = None,
     config: ConfigFile = None,
     config_dir: ConfigDirs = None,
@@ -106,7 +105,6 @@ def train(
     [dim]cft train · cft train trainer.kl_weight=50 · cft train llm=pretrained
     llm.model_name_or_path=PATH data=file data.path=FILE · cft train -m seed=0,1[/]
     """
-    settings: Settings = ctx.obj
     request = Request(
         overrides=tuple(overrides or ()),
         config_file=config,
@@ -119,16 +117,16 @@ def train(
     if multirun:
         from constrained_ft.cli.sweep import sweep
 
-        raise typer.Exit(sweep(request, settings, dry_run=dry_run))
+        raise typer.Exit(sweep(request, dry_run=dry_run))
     if dry_run:
-        _show(request.config(), settings)
+        _show(request.config())
         return
-    start = _start(request, settings)
+    start = _start(request)
     if start is not None:
-        run(*start, settings)
+        run(*start)
 
 
-def _start(request: Request, settings: Settings) -> "tuple[Config, RunFolder] | None":
+def _start(request: Request) -> "tuple[Config, RunFolder] | None":
     """The configuration and its folder, ready to be written to; None if there is nothing to do."""
     from constrained_ft.run_folder import RunFolder, newest_unfinished
 
@@ -162,7 +160,7 @@ def _start(request: Request, settings: Settings) -> "tuple[Config, RunFolder] | 
     return folder.config(), folder
 
 
-def run(config: "Config", folder: "RunFolder", settings: Settings) -> None:
+def run(config: "Config", folder: "RunFolder") -> None:
     """Train, and write to `status.json` how it ended.
 
     Raises:
@@ -224,7 +222,7 @@ def _signals_restored() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _show(config: "Config", settings: Settings) -> None:
+def _show(config: "Config") -> None:
     """The resolved configuration in one box."""
     from constrained_ft.cli.display import make_display
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 from constrained_ft.cli import configure, launch, measure
-from constrained_ft.cli.settings import Settings
+from constrained_ft.cli.settings import settings
 
 from constrained_ft.errors import CftError
 
@@ -29,15 +29,15 @@ app = typer.Typer(
 )
 
 
-def _version(value: bool) -> None:
+def _version(value: bool) -> bool:
     if value:
         typer.echo(f"cft {metadata.version('constrained-ft')}")
         raise typer.Exit
+    return value
 
 
 @app.callback()
 def _root(
-    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
     ] = False,
@@ -49,7 +49,6 @@ def _root(
     no_color: Annotated[bool, typer.Option("--no-color", help="No colours.")] = False,
 ) -> None:
     """Fine-tune a language model on your text; keep an attribute of what it says under control."""
-    settings: Settings = ctx.obj
     settings.debug, settings.quiet = debug, quiet
     settings.verbose, settings.color = verbose, not no_color
 
@@ -63,9 +62,8 @@ app.command()(measure.selfcheck)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and leave the process with its exit code."""
-    settings = Settings()
     try:
-        app(args=arguments, prog_name="cft", obj=settings)
+        app(args=arguments, prog_name="cft")
     except CftError as error:
         if settings.debug:
             traceback.print_exc()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from constrained_ft.cli.settings import Settings
+from constrained_ft.cli.settings import settings
 
 from constrained_ft.errors import ConfigError, DataError
 
@@ -20,7 +20,6 @@ PromptsFile = Annotated[
 
 
 def evaluate(
-    ctx: typer.Context,
     targets: Annotated[
         list[str],
         typer.Argument(metavar="RUN_OR_MODEL...", help="Run folders, model folders or hub ids."),
@@ -40,7 +39,6 @@ def evaluate(
     """Measure satisfaction, a judge that training never saw, and what became of the language."""
     from constrained_ft.cli.display import make_display
 
-    settings: Settings = ctx.obj
     settings.quiet_libraries()
     with make_display(settings.console(), quiet=settings.quiet) as display:
         from constrained_ft.evaluate import evaluate_command
@@ -57,7 +55,6 @@ def evaluate(
 
 
 def generate(
-    ctx: typer.Context,
     target: Annotated[
         str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, model folder or hub id.")
     ],
@@ -80,7 +77,6 @@ def generate(
     """Complete prompts, with or without the auxiliary's guidance."""
     from constrained_ft.cli.display import make_display
 
-    settings: Settings = ctx.obj
     if (prompt is None) == (prompts is None):
         raise ConfigError("give the prompts either as --prompt TEXT or as --prompts FILE")
     texts = prompt if prompts is None else _read_prompts(prompts)
@@ -104,14 +100,13 @@ def generate(
             write_atomically(output, "".join(_json_line(row) for row in rows))
             display.note(f"{len(rows):,} completions in {output}")
             return
-    _print_rows(rows, settings)
+    _print_rows(rows)
 
 
-def selfcheck(ctx: typer.Context) -> None:
+def selfcheck() -> None:
     """Verify the mathematics on this machine."""
     from constrained_ft.cli.display import make_display
 
-    settings: Settings = ctx.obj
     settings.quiet_libraries()
     with make_display(settings.console(), quiet=settings.quiet) as display:
         from constrained_ft.selfcheck import selfcheck as run_selfcheck
@@ -144,7 +139,7 @@ def _prompt_of(line: str, where: str) -> str:
     return str(row["prompt"])
 
 
-def _print_rows(rows: Sequence[Mapping[str, Any]], settings: Settings) -> None:
+def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     """Readable on a terminal, one JSON row a line elsewhere."""
     from constrained_ft.cli.display import clean
     from rich.text import Text

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ["Settings"]
+__all__ = ["Settings", "settings"]
 
 
 @dataclass
 class Settings:
-    """The root options; filled by the root callback."""
+    """The root options."""
 
     debug: bool = False
     quiet: bool = False
@@ -52,3 +52,7 @@ class Settings:
             "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         }.items():
             os.environ.setdefault(name, value)
+
+
+# Filled by the root callback before any command runs; a process has one command line.
+settings = Settings()

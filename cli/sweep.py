@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from constrained_ft.cli.launch import Request
-from constrained_ft.cli.settings import Settings
+from constrained_ft.cli.settings import settings
 
 from constrained_ft.errors import ConfigError
 
@@ -26,7 +26,7 @@ _STOPS = (75, 130)  # exit codes of a job that was interrupted: the sweep ends t
 Outcomes = dict[str, tuple[str, int]]
 
 
-def sweep(request: Request, settings: Settings, *, dry_run: bool) -> int:
+def sweep(request: Request, *, dry_run: bool) -> int:
     """Run every job of a sweep and return the exit code.
 
     Raises:
@@ -55,7 +55,7 @@ def sweep(request: Request, settings: Settings, *, dry_run: bool) -> int:
             display.table(f"{folder} (dry run, nothing is started)", ["job", "overrides"], rows)
         return 0
     outcomes: Outcomes = {}
-    _run_hydra(prepared, folder, _job(request, settings, outcomes))
+    _run_hydra(prepared, folder, _job(request, outcomes))
     with make_display(settings.console()) as display:
         display.table(
             str(folder),
@@ -91,12 +91,13 @@ def _refuse_used(folder: Path, count: int) -> None:
         )
 
 
-def _job(request: Request, settings: Settings, outcomes: Outcomes) -> Callable[[Any], None]:
+def _job(request: Request, outcomes: Outcomes) -> Callable[[Any], None]:
     """What Hydra calls for each job: `cft train` in a process of its own."""
     from constrained_ft.compose import assignment
 
     def run_job(tree: Any) -> None:
         from hydra.core.hydra_config import HydraConfig
+        from rich.text import Text
 
         hydra = HydraConfig.get()
         if any(code in _STOPS for _, code in outcomes.values()):
@@ -106,8 +107,8 @@ def _job(request: Request, settings: Settings, outcomes: Outcomes) -> Callable[[
         command = [sys.executable, "-m", "constrained_ft.cli.main", *settings.flags(), "train"]
         command += [*overrides, folder, *request.options()]
         if not settings.quiet:
-            text = f"job {hydra.job.num}: {' '.join(overrides)}"
-            settings.console().print(f"\n[bold]{text}[/]" if text.isprintable() else text)
+            text = Text(f"\njob {hydra.job.num}: {' '.join(overrides)}", style="bold")
+            settings.console().print(text, soft_wrap=True)
         outcomes[str(hydra.job.num)] = (" ".join(overrides), _call(command))
 
     return run_job

@@ -557,16 +557,14 @@ def _by_path(group: str, value: str) -> str:
 
 def _choices(override: "Override", options: Mapping[str, list[str]]) -> list[str]:
     """The single overrides that a sweep over one key stands for."""
-    from hydra.core.override_parser.types import Glob, ValueType
+    from hydra.core.override_parser.types import ValueType
 
-    text, value = override.input_line or "", override.value()
+    name, text = override.key_or_group, override.input_line or ""
     if override.value_type == ValueType.INTERVAL_SWEEP or not override.is_sweep_override():
         return [text]
-    if isinstance(value, Glob):
-        return [
-            f"{override.key_or_group}={o}"
-            for o in value.filter(options.get(override.key_or_group, []))
-        ]
+    if override.value_type == ValueType.GLOB_CHOICE_SWEEP:
+        glob: Any = override.value()
+        return [f"{name}={option}" for option in glob.filter(options.get(name, []))]
     return [f"{override.get_key_element()}={v}" for v in override.sweep_string_iterator()]
 
 
