@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class ScoreFailure:
     error: str
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """The constraint C(x, y)."""
 
