@@ -159,8 +159,8 @@ class ConstraintConfig(Section):
     def _threshold_needs_hard_labels(self) -> "ConstraintConfig":
         if self.threshold < 1 and self.labels != "hard":
             raise ValueError(
-                f"threshold={self.threshold} needs labels=hard: with labels={self.labels} the floor "
-                "would miss it; use labels=hard, or threshold=1"
+                f"threshold={self.threshold} needs labels=hard: with labels={self.labels} the "
+                "floor would miss it; use labels=hard, or threshold=1"
             )
         if self.labels == "tilt" and self.beta == 0:
             raise ValueError("labels=tilt needs beta > 0; beta=0 asks for nothing")
@@ -188,6 +188,9 @@ class SourceConfig(Section):
     """Rows before this one are left out."""
     last_row: int | None = Field(default=None, ge=1)
     """Rows from this one on are left out."""
+    exclude: str | None = None
+    """Leave out rows whose text stands in this file, such as prompts that are kept for evaluation;
+    a path like `path`."""
     opening_words: int | None = Field(default=None, ge=1)
     """Use only the first words of each text (for prompts)."""
     repeat: int = Field(default=1, ge=1)

@@ -145,11 +145,11 @@ def check_sources(data: DataConfig, prompts: PromptsConfig) -> None:
     """
     for section, config in (("data", data), ("prompts", prompts)):
         for name, source in _sources(config, "file").items():
-            if source.path is None:
-                continue
-            key = f"{section}.sources.{name}.path" if config.sources else f"{section}.path"
-            with _named(key):
-                check_reference(source.path)
+            prefix = f"{section}.sources.{name}" if config.sources else section
+            for key, reference in (("path", source.path), ("exclude", source.exclude)):
+                if reference is not None:
+                    with _named(f"{prefix}.{key}"):
+                        check_reference(reference)
 
 
 def load_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus:
@@ -385,9 +385,12 @@ def _grouped(config: DataConfig) -> dict[tuple[str, int], list[_Record]]:
 
 def _records(name: str, source: SourceConfig) -> list[_Record]:
     records = []
+    excluded = _excluded(name, source)
     for origin, row in _rows(name, source):
         content = _content(row, source.text_column, origin)
         if _is_empty(content, origin, skip=source.skip_empty):
+            continue
+        if isinstance(content, _Text) and content.text.strip() in excluded:
             continue
         if source.opening_words is not None and isinstance(content, _Text):
             content = _Text(text=_opening(content.text, source.opening_words))
@@ -395,6 +398,13 @@ def _records(name: str, source: SourceConfig) -> list[_Record]:
     if not records:
         raise DataError(f"{name}: {source.path or source.name} has no rows with text")
     return records
+
+
+def _excluded(name: str, source: SourceConfig) -> set[str]:
+    if source.exclude is None:
+        return set()
+    listed = SourceConfig(path=source.exclude, text_column="prompt", skip_empty=True)
+    return {draft.text.strip() for draft in _file_prompts(f"{name}.exclude", listed)}
 
 
 def _content(row: dict[str, Any], text_column: str, origin: str) -> _Text | _Completion | _Chat:

@@ -395,6 +395,21 @@ def test_empty_rows_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None
     assert corpus_of(tmp_path, rows, skip_empty=True).stats.rows == 2
 
 
+def test_texts_that_are_prompts_are_left_out_of_the_corpus(tmp_path: Path) -> None:
+    texts = write_jsonl(tmp_path / "d.jsonl", [{"text": f" text {i}\n"} for i in range(6)])
+    (tmp_path / "p.txt").write_text("text 1\ntext 4\ntext 9\n")
+    sources = {"a": {"path": texts, "exclude": str(tmp_path / "p.txt")}}
+    config = DataConfig(sources=sources, max_length=64, validation_share=0)
+    tokenizer = byte_tokenizer()
+    rows = load_corpus(config, tokenizer).training
+    kept = [tokenizer.decode(row.token_ids, skip_special_tokens=True).strip() for row in rows]
+    assert kept == ["text 0", "text 2", "text 3", "text 5"]
+    missing = {"a": sources["a"] | {"exclude": str(tmp_path / "no.txt")}}
+    wrong = DataConfig(sources=missing, max_length=64, validation_share=0)
+    with pytest.raises(DataError, match=r"^data.sources.a.exclude: there is no file"):
+        check_sources(wrong, prompts_config(path=str(tmp_path / "p.txt")))
+
+
 def test_a_column_may_lie_inside_another(tmp_path: Path) -> None:
     rows = [{"prompt": {"text": f"prompt {i}", "toxicity": 0.1}} for i in range(8)]
     config = prompts_config(path=write_jsonl(tmp_path / "p.jsonl", rows), text_column="prompt.text")
