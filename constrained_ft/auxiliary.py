@@ -122,12 +122,14 @@ class Auxiliary(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.prior_gain = nn.Parameter(torch.ones(()))
+        # What any token adds: the prior is never positive, and typical tokens must add nothing.
+        self.drift = nn.Parameter(torch.zeros(()))
 
     def table(self) -> TokenTable:
         """The vocabulary's side of R."""
         return TokenTable(
             tokens_VR=self.project_tokens(self.embeddings_VD),
-            prior_V=self.prior_gain * self.prior_V,
+            prior_V=self.prior_gain * self.prior_V + self.drift,
         )
 
     def table_of(self, ids_NT: Int[Tensor, "N T"]) -> tuple[TokenTable, Int[Tensor, "N T"]]:
@@ -135,9 +137,14 @@ class Auxiliary(nn.Module):
         used_U, place_NT = ids_NT.unique(return_inverse=True)
         table = TokenTable(
             tokens_VR=self.project_tokens(self.embeddings_VD[used_U]),
-            prior_V=self.prior_gain * self.prior_V[used_U],
+            prior_V=self.prior_gain * self.prior_V[used_U] + self.drift,
         )
         return table, place_NT
+
+    @property
+    def scalars(self) -> list[nn.Parameter]:
+        """The few numbers that set the scale of everything else."""
+        return [self.prior_gain, self.drift, self.root.bias, self.state.bias]
 
     def start_at(self, rate: float) -> None:
         """Put the bias at the logit of an observed satisfaction rate."""
@@ -268,7 +275,7 @@ class FrozenAuxiliary:
         module = Auxiliary(config, no_embeddings, tensors["prior_V"], seed=0)
         module.load_state_dict(tensors)
         module.to(tokens_VR.device).requires_grad_(requires_grad=False)
-        prior_V = module.prior_gain * module.prior_V
+        prior_V = module.prior_gain * module.prior_V + module.drift
         return cls(module, TokenTable(tokens_VR=tokens_VR, prior_V=prior_V))
 
 

@@ -386,3 +386,12 @@ class Config(Section):
     placement: PlacementConfig
     evaluation: EvaluationConfig
     guard: GuardConfig
+
+    @model_validator(mode="after")
+    def _balanced_needs_hard_labels(self) -> "Config":
+        if self.auxiliary.balanced and self.constraint.labels != "hard":
+            raise ValueError(
+                f"auxiliary.balanced=true needs constraint.labels=hard, not "
+                f"{self.constraint.labels}: the correction is exact for 0-1 labels only"
+            )
+        return self

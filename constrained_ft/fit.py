@@ -35,6 +35,7 @@ from constrained_ft.rollouts import LabeledRollouts
 _CONSISTENCY_ROWS = 64
 _CALIBRATION_ROWS = 512
 _BINS = 10
+_SCALAR_ROWS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +140,8 @@ def _descend(
     stop: StopRequest,
 ) -> int:
     """Early-stopped AdamW; leaves the best state on the held-out slice. Returns its epoch."""
+    some = torch.randperm(len(training))[:_SCALAR_ROWS].to(training.labels_N.device)
+    _settle_scalars(auxiliary, training.take(some))
     optimizer = torch.optim.AdamW(
         auxiliary.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
     )
@@ -164,6 +167,21 @@ def _descend(
             break
     auxiliary.load_state_dict(best_state)
     return best_epoch
+
+
+def _settle_scalars(auxiliary: Auxiliary, sample: Examples) -> None:
+    """Fit biases and the prior's gain alone: AdamW's small steps would take epochs over them."""
+    optimizer = torch.optim.LBFGS(
+        auxiliary.scalars, max_iter=20, line_search_fn="strong_wolfe", tolerance_grad=1e-5
+    )
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = _loss(auxiliary, _NO_HEAD, sample, 0.0, 0.0)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    optimizer.step(closure)
 
 
 def _epoch_order(training: Examples, *, balanced: bool) -> tuple[Tensor, float]:

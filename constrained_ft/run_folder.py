@@ -149,9 +149,11 @@ class RunFolder:
         self._take()
         if self._has_trained() and not clean:
             self.close()
+            finished = self.status().get("state") == "finished"
+            go_on = "" if finished else f"continue it with --resume {self.path}, "
             raise ConfigError(
-                f"{self.path} holds a run ({self._in_words()}); continue it with "
-                f"--resume {self.path}, delete it with --clean, or choose another output_dir=PATH"
+                f"{self.path} holds a run ({self._in_words()}); {go_on}delete it with --clean, or "
+                "choose another output_dir=PATH"
             )
         self._delete_run()
         write_atomically(self.config_file, config_to_yaml(config))

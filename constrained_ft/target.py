@@ -46,6 +46,8 @@ class Target:
     """What R says, as in `auxiliary.Evidence`."""
     floor_N: Float[Tensor, " N"]
     """alpha(x): 0 asks for satisfaction always, 1 for nothing."""
+    has_floor: bool
+    """Whether any alpha is above 0."""
     weights_NT: Float[Tensor, "N T"]
     """How much each prefix counts: an estimate of q*(h) / p(h); 0 past the end."""
     metrics: dict[str, float]
@@ -62,7 +64,8 @@ class Target:
         return equations.target_logprobs(
             self.head(self.reference_NTD[rows_M, steps_M]),
             self.table.logits(self.factors_NTR[rows_M, steps_M], self.offset_NT[rows_M, steps_M]),
-            self.floor_N[rows_M],
+            # The number 0 spares a pass over the vocabulary.
+            self.floor_N[rows_M] if self.has_floor else 0.0,
         )
 
     def with_reference(self, reference: FrozenLLM) -> "Target":
@@ -171,7 +174,7 @@ def build_target(
     )
     metrics = {
         "target/satisfaction": float(log_satisfied_S.exp().mean()),
-        "target/kl": float(-equations.floored_logprob(log_satisfied_S, floor_S).mean()),
+        "target/kl": float(equations.target_kl(log_satisfied_S, log_violated_S, floor_S).mean()),
         "target/floor": float(floor_S.mean()),
         "target/clipped_weight": float(clipped),
         "target/effective_prefixes": float(
@@ -186,6 +189,7 @@ def build_target(
         offset_NT=evidence.offset_NT,
         table=auxiliary.table,
         floor_N=floor_N,
+        has_floor=constraint.threshold < 1,
         weights_NT=weights_NT,
         metrics=metrics,
     )
