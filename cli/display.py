@@ -152,6 +152,8 @@ class TerminalDisplay:
                 transient=True,
             )
             self._live.start()
+            # A second Ctrl-C ends the process at once; the cursor must not stay hidden then.
+            self._console.show_cursor(True)
 
     def advance(self, amount: int = 1, **numbers: float) -> None:
         """The bar moves; the numbers below it are the latest."""
@@ -304,7 +306,8 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
         box=SIMPLE_HEAD,
     )
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        numbers = all(row[index][:1] in "0123456789-–+." for row in rows)
+        table.add_column(column, justify="right" if numbers and index > 0 else "left")
     for row in rows:
         table.add_row(*(Text(clean(cell)) for cell in row))
     return table

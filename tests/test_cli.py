@@ -174,7 +174,7 @@ def test_debug_shows_the_traceback_too(cft: Cft) -> None:
 def test_a_dry_run_shows_the_run_and_writes_nothing(cft: Cft, tmp_path: Path) -> None:
     ran = cft("train", "experiment=smoke", "--dry-run", "trainer=overlapped")
     assert ran.code == 0
-    for part in ("tiny:llama", "letters", "overlapped, 4 iterations x 16 = 64 steps", "outputs/"):
+    for part in ("tiny:llama", "letters", "overlapped, 4 iterations x 32 = 128 steps", "outputs/"):
         assert part in ran.out
     assert not [*tmp_path.iterdir()]
 

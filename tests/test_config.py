@@ -263,7 +263,7 @@ def test_a_resolved_file_is_read_back_and_takes_overrides(tmp_path: Path) -> Non
     file.write_text(config_to_yaml(config).replace("learning_rate: 0.003", "learning_rate: 3e-3"))
     assert load_config(file) == config
     changed = load_config(file, ["trainer.kl_weight=5"])
-    assert differences(config, changed) == {"trainer.kl_weight": (10.0, 5.0)}
+    assert differences(config, changed) == {"trainer.kl_weight": (100.0, 5.0)}
 
 
 @pytest.mark.parametrize(

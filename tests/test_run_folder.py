@@ -117,7 +117,7 @@ def test_resume_with_another_configuration_is_refused_key_by_key(tmp_path: Path)
     folder = started(tmp_path)
     folder.close()
     other = config_in(tmp_path, "trainer.kl_weight=5")
-    with pytest.raises(ConfigError, match=r"trainer\.kl_weight: 10\.0 there, 5\.0 here"):
+    with pytest.raises(ConfigError, match=r"trainer\.kl_weight: 100\.0 there, 5\.0 here"):
         RunFolder(tmp_path).resume(other, COMMAND)
 
 
