@@ -8,6 +8,8 @@ from constrained_ft.cli.launch import ConfigDirs, ConfigFile, Overrides, Request
 from constrained_ft.cli.settings import settings
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from constrained_ft.compose import Key
 
 __all__ = ["app"]
@@ -75,13 +77,13 @@ def list_keys(
             console.print(_described(key))
 
 
-def _described(key: "Key") -> "object":
+def _described(key: "Key") -> "RenderableType":
+    from rich.console import Group
     from rich.padding import Padding
     from rich.text import Text
 
-    text = Text("\n" * key.is_section).append(key.path, style="bold" if key.is_section else "cyan")
+    head = Text("\n" * key.is_section)
+    head.append(f"  {key.path}", style="bold" if key.is_section else "cyan")
     if not key.is_section:
-        text.append(f"  {key.allowed}", style="dim")
-    if key.doc:
-        text.append(f"\n    {key.doc}")
-    return Padding(text, (0, 0, 0, 2))
+        head.append(f"  {key.allowed}", style="dim")
+    return Group(head, Padding(Text(key.doc), (0, 0, 0, 6))) if key.doc else head
