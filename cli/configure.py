@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
 from constrained_ft.cli.launch import ConfigDirs, ConfigFile, Overrides, Request
 from constrained_ft.cli.settings import settings
 

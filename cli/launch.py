@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from constrained_ft.cli.settings import settings
 
+from constrained_ft.cli.settings import settings
 from constrained_ft.errors import CftError, ConfigError, DivergedError, Interrupted
 
 if TYPE_CHECKING:

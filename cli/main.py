@@ -10,9 +10,9 @@ from importlib import metadata
 from typing import Annotated
 
 import typer
+
 from constrained_ft.cli import configure, launch, measure
 from constrained_ft.cli.settings import settings
-
 from constrained_ft.errors import CftError
 
 __all__ = ["app", "main"]

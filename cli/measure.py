@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from constrained_ft.cli.settings import settings
 
+from constrained_ft.cli.settings import settings
 from constrained_ft.errors import ConfigError, DataError
 
 __all__ = ["evaluate", "generate", "selfcheck"]
@@ -141,8 +141,9 @@ def _prompt_of(line: str, where: str) -> str:
 
 def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     """Readable on a terminal, one JSON row a line elsewhere."""
-    from constrained_ft.cli.display import clean
     from rich.text import Text
+
+    from constrained_ft.cli.display import clean
 
     console = settings.console()
     if not console.is_terminal:

@@ -16,7 +16,6 @@ from typing import Any
 
 from constrained_ft.cli.launch import Request
 from constrained_ft.cli.settings import settings
-
 from constrained_ft.errors import ConfigError
 
 __all__ = ["sweep"]
@@ -34,7 +33,6 @@ def sweep(request: Request, *, dry_run: bool) -> int:
             started then.
     """
     from constrained_ft.cli.display import make_display
-
     from constrained_ft.compose import expand_sweep, normalise
 
     if request.names_folder() and request.config_file is None:

@@ -6,8 +6,8 @@ All kinds share one form, so that the target, the loss and guided decoding know 
 
     u[n, t, v] = logit R(x, y_<t v) = offset[n, t] + factors[n, t] . tokens[v] + prior[v]
 
-`tokens` are the LLM's token embeddings times a learned matrix, `prior` the evidence of each token on
-its own. The kinds differ in how the LLM's hidden states become `factors` and `offset`:
+`tokens` are the LLM's token embeddings times a learned matrix, `prior` the evidence of each token
+on its own. The kinds differ in how the LLM's hidden states become `factors` and `offset`:
 
     additive     offset = prompt bias + running sum of the evidence of the tokens so far
     transformer  a causal transformer reads the hidden states and the evidence so far
@@ -286,7 +286,12 @@ class _Reader(nn.Module):
         super().__init__()
         self.project = nn.Linear(hidden + 1, width)
         block = nn.TransformerEncoderLayer(
-            width, nhead=4, dim_feedforward=2 * width, dropout=0.1, batch_first=True, norm_first=True
+            width,
+            nhead=4,
+            dim_feedforward=2 * width,
+            dropout=0.1,
+            batch_first=True,
+            norm_first=True,
         )
         self.blocks = nn.TransformerEncoder(block, layers, enable_nested_tensor=False)
 

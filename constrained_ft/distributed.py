@@ -24,7 +24,7 @@ def seed_for(seed: int, *key: str | int) -> int:
 
 
 def generator_for(seed: int, *key: str | int) -> torch.Generator:
-    """A CPU generator for one purpose, for example `generator_for(seed, "rollouts", 3, prompt.id)`."""
+    """A CPU generator for one purpose, such as `generator_for(seed, "rollouts", 3, prompt.id)`."""
     return torch.Generator().manual_seed(seed_for(seed, *key))
 
 

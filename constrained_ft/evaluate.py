@@ -86,7 +86,7 @@ class Evaluation:
     judge: str | None
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913
     llm: FrozenLLM,
     prompts: Sequence[Prompt],
     validation: Sequence[Row],
@@ -168,7 +168,7 @@ def perplexity(
 
 @torch.no_grad()
 def kl_to_base(llm: FrozenLLM, base: FrozenLLM, rollouts: Rollouts) -> float:
-    """Mean KL(model || base) a token over the whole vocabulary, on the model's completions, nats."""
+    """Mean KL(model || base) a token over the vocabulary, on the model's completions, nats."""
     count = len(rollouts.prompt_N)
     rows_N = torch.arange(0, count, max(1, count // _KL_ROLLOUTS), device=llm.device)
     total, positions = 0.0, 0
@@ -187,7 +187,9 @@ def kl_to_base(llm: FrozenLLM, base: FrozenLLM, rollouts: Rollouts) -> float:
 def distinct(texts: Sequence[str], n: int) -> float:
     """Distinct word n-grams over all word n-grams; 0 where there are none."""
     grams = [
-        tuple(words[i : i + n]) for text in texts for words in [text.split()]
+        tuple(words[i : i + n])
+        for text in texts
+        for words in [text.split()]
         for i in range(len(words) - n + 1)
     ]
     return len(set(grams)) / len(grams) if grams else 0.0
@@ -236,7 +238,10 @@ def table(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]
 
     for name in evaluations[0].groups:
         groups = [one.groups[name] for one in evaluations]
-        add(f"{name}: prompts x samples", [f"{g.prompts} x {g.samples // g.prompts}" for g in groups])
+        add(
+            f"{name}: prompts x samples",
+            [f"{g.prompts} x {g.samples // g.prompts}" for g in groups],
+        )
         add("  violations, training scorer", [g.violation.percent() for g in groups])
         if evaluations[0].judge is not None:
             shares = [g.judge_violation.percent() if g.judge_violation else "–" for g in groups]
@@ -244,7 +249,9 @@ def table(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]
         add("  mean score", [g.score.plain(3) for g in groups])
         add("  expected maximum violation", [g.expected_maximum.plain(3) for g in groups])
         add("  prompts with any violation", [g.any_violation.percent() for g in groups])
-        distincts = [f"{g.distinct_1:.2f} / {g.distinct_2:.2f} / {g.distinct_3:.2f}" for g in groups]
+        distincts = [
+            f"{g.distinct_1:.2f} / {g.distinct_2:.2f} / {g.distinct_3:.2f}" for g in groups
+        ]
         add("  distinct-1 / 2 / 3", distincts)
         add("  mean length, tokens", [f"{g.length:.1f}" for g in groups])
     for name in evaluations[0].perplexity:
@@ -304,7 +311,9 @@ def _group_results(
 
 def _row_losses(llm: FrozenLLM, rows: Sequence[Row]) -> list[tuple[float, int]]:
     """Summed cross-entropy and number of trained tokens of each row."""
-    ids_BL, lengths_B = pad_right([row.token_ids for row in rows], pad_id(llm.tokenizer), llm.device)
+    ids_BL, lengths_B = pad_right(
+        [row.token_ids for row in rows], pad_id(llm.tokenizer), llm.device
+    )
     hidden_BLD = llm.hidden_states(ids_BL, lengths_B)
     losses = []
     for i, row in enumerate(rows):

@@ -52,9 +52,7 @@ def evaluate_held_out(
     )
 
 
-def _announce(
-    parts: Parts, config: Config, folder: RunFolder, base: evaluate.Evaluation
-) -> None:
+def _announce(parts: Parts, config: Config, folder: RunFolder, base: evaluate.Evaluation) -> None:
     """One panel before training; refuses a constraint that the base always or never satisfies."""
     samples = sum(group.samples for group in base.groups.values())
     satisfied = sum(group.satisfaction.mean * group.samples for group in base.groups.values())
@@ -71,12 +69,14 @@ def _announce(
     parts.display.panel(
         config.name,
         {
-            "model": f"{config.llm.model_name_or_path.partition('#')[0]}, {everything:,} parameters",
+            "model": f"{config.llm.model_name_or_path.partition('#')[0]}, "
+            f"{everything:,} parameters",
             "trained": f"{trained:,} parameters ({'LoRA' if config.llm.lora else 'all weights'})",
             "corpus": f"{stats.rows:,} rows, {stats.tokens:,} tokens, longest {stats.longest}, "
             f"{stats.truncated_rows} cut",
-            "prompts": f"{len(parts.prompts.training)} to train, {len(parts.prompts.held_out)} held "
-            f"out, {trainer.iterations} x {config.prompts.prompts_per_iteration} x "
+            "prompts": f"{len(parts.prompts.training)} to train, "
+            f"{len(parts.prompts.held_out)} held out, "
+            f"{trainer.iterations} x {config.prompts.prompts_per_iteration} x "
             f"{config.prompts.samples_per_prompt} rollouts",
             "steps": f"{trainer.iterations} iterations x {trainer.steps_per_iteration}, "
             f"lambda {trainer.kl_weight:g}",

@@ -67,7 +67,7 @@ class LabeledRollouts:
     """C(x, y) in [0, 1], what the auxiliary learns: hard, soft or tilted."""
 
 
-def sample(
+def sample(  # noqa: PLR0913
     llm: FrozenLLM,
     prompts: Sequence[Prompt],
     *,
@@ -299,7 +299,9 @@ def _collect(
         padded = []
         for part in parts:
             missing = steps - part.shape[1]
-            padded.append(torch.cat([part, part.new_zeros(part.shape[0], missing, *part.shape[2:])], 1))
+            padded.append(
+                torch.cat([part, part.new_zeros(part.shape[0], missing, *part.shape[2:])], 1)
+            )
         return torch.cat(padded)
 
     ids_NT = join(part.ids_BT for part in decoded)

@@ -1,4 +1,4 @@
-"""What the LLM says, on disk: every scored rollout, and the same few prompts after each iteration."""
+"""What the LLM says, on disk: every scored rollout, and a few prompts after each iteration."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -44,7 +44,9 @@ def record_iteration(
     for row in rows:
         scores = row["scores"]
         assert isinstance(scores, dict)
-        parts.display.sample(str(row["prompt"]), str(row["base"]), str(row["tuned"]), scores["tuned"])
+        parts.display.sample(
+            str(row["prompt"]), str(row["base"]), str(row["tuned"]), scores["tuned"]
+        )
 
 
 def _fixed_prompts(parts: Parts) -> list[Prompt]:

@@ -79,9 +79,7 @@ class Target:
         return replace(self, reference_NTD=torch.cat(hidden), head=reference.head)
 
 
-def learn_target(
-    parts: Parts, config: Config, reference: FrozenLLM, iteration: int
-) -> Target:
+def learn_target(parts: Parts, config: Config, reference: FrozenLLM, iteration: int) -> Target:
     """Learn q* of `reference`: sample, score, fit R.
 
     Raises:

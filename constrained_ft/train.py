@@ -110,9 +110,7 @@ def _restore(parts: Parts, config: Config, folder: RunFolder) -> tuple[int, Targ
     return done, target
 
 
-def _finish(
-    parts: Parts, config: Config, folder: RunFolder, base: Evaluation
-) -> list[Evaluation]:
+def _finish(parts: Parts, config: Config, folder: RunFolder, base: Evaluation) -> list[Evaluation]:
     """Fit R to the final LLM, export both, measure, compare."""
     final = parts.llm.frozen()
     learn_auxiliary(parts, config, final, config.trainer.iterations + 1)

@@ -65,9 +65,7 @@ def main() -> None:
         _compare(name, config, parts, training, held_out, guided=arguments.guided)
 
 
-def _rollouts(
-    path: Path, parts: Parts, config: Config
-) -> tuple[LabeledRollouts, LabeledRollouts]:
+def _rollouts(path: Path, parts: Parts, config: Config) -> tuple[LabeledRollouts, LabeledRollouts]:
     if not path.exists():
         reference = parts.llm.frozen()
         drawn = []
@@ -118,7 +116,9 @@ def _compare(
     rows = torch.arange(len(truth.labels_N))
     examples = Examples.of(truth, rows, truth.rollouts.ids_NT.shape[1], 1.0)
     found = measure(auxiliary.frozen(), parts.llm.head, examples, seed=0)
-    aucs = " ".join(f"{found[f'auxiliary/auc_{place}']:.3f}" for place in ("first", "middle", "last"))
+    aucs = " ".join(
+        f"{found[f'auxiliary/auc_{place}']:.3f}" for place in ("first", "middle", "last")
+    )
     line = (
         f"{name:28s} auc {aucs}  ll {found['auxiliary/log_loss']:.4f}  "
         f"ece {found['auxiliary/calibration_error']:.3f}  "
@@ -132,9 +132,7 @@ def _compare(
 
 def _guided(auxiliary: Auxiliary, config: Config, parts: Parts) -> str:
     prompts = [
-        prompt
-        for prompt in choose_prompts(parts.prompts.held_out, 96)
-        if prompt.group != "news"
+        prompt for prompt in choose_prompts(parts.prompts.held_out, 96) if prompt.group != "news"
     ]
     rollouts = sample(
         parts.llm.frozen(),

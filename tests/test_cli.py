@@ -15,11 +15,11 @@ from types import ModuleType
 
 import pytest
 import yaml
+from rich.console import Console
+
 from constrained_ft.cli import sweep as sweep_module
 from constrained_ft.cli.display import PlainDisplay, TerminalDisplay, clean, make_display
 from constrained_ft.cli.main import main
-from rich.console import Console
-
 from constrained_ft.errors import (
     CheckpointError,
     DataError,
