@@ -41,7 +41,7 @@ def evaluate(
 
     settings.quiet_libraries()
     with make_display(settings.console(), quiet=settings.quiet) as display:
-        from constrained_ft.evaluate import evaluate_command
+        from constrained_ft.compare import evaluate_command
 
         evaluate_command(
             targets,

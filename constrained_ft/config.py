@@ -395,3 +395,12 @@ class Config(Section):
                 f"{self.constraint.labels}: the correction is exact for 0-1 labels only"
             )
         return self
+
+    @model_validator(mode="after")
+    def _judge_is_independent(self) -> "Config":
+        if self.evaluation.judge == self.constraint.scorer:
+            raise ValueError(
+                "evaluation.judge is the scorer that training uses, so it would judge itself; name "
+                "another one, or set evaluation.judge=null"
+            )
+        return self

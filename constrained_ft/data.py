@@ -239,6 +239,20 @@ def read_prompts(
     return tuple(_prompts(_file_prompts(group, source), tokenizer))
 
 
+def tokenise_prompts(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, group: str = "given"
+) -> tuple[Prompt, ...]:
+    """The different ones of some texts as prompts.
+
+    Raises:
+        DataError: if a text is empty.
+    """
+    drafts = [_Draft(text=text, group=group, rendered=False) for text in texts]
+    if not all(draft.text.strip() for draft in drafts):
+        raise DataError("a prompt is empty; give at least a word")
+    return tuple(_prompts(drafts, tokenizer))
+
+
 def check_prompt_lengths(
     prompts: Iterable[Prompt], max_new_tokens: int, context_length: int
 ) -> None:
@@ -252,8 +266,8 @@ def check_prompt_lengths(
         if needed > context_length:
             raise DataError(
                 f"the prompt {_excerpt(prompt.text)} ({prompt.group}) has {len(prompt.token_ids)} "
-                f"tokens; with prompts.max_new_tokens={max_new_tokens} it needs {needed}, but the "
-                f"model's context is {context_length}: shorten it, or lower prompts.max_new_tokens"
+                f"tokens; with max_new_tokens={max_new_tokens} it needs {needed}, but the model's "
+                f"context is {context_length}: shorten it, or lower max_new_tokens"
             )
 
 

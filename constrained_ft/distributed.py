@@ -9,7 +9,7 @@ import hashlib
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import torch
@@ -46,8 +46,8 @@ def default_device() -> torch.device:
 class StopRequest:
     """Remembers SIGINT, SIGTERM and SIGUSR1 until a loop asks.
 
-    The first signal sets a flag, which `check` turns into `Interrupted` at a safe place; the second
-    leaves at once with exit code 130.
+    The first signal sets a flag, which `check` turns into `Interrupted` at a safe place, and says
+    so on standard error; the second leaves at once with exit code 130.
     """
 
     def __init__(self) -> None:
@@ -62,6 +62,9 @@ class StopRequest:
         if self._signal is not None:
             os._exit(130)
         self._signal = number
+        # The handler may run in the middle of another write, so no buffered stream is used.
+        with suppress(OSError):
+            os.write(2, b"\nstopping at the next safe point; again to leave at once\n")
 
     def check(self) -> None:
         """Raise if a signal came.

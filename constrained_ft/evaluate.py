@@ -21,6 +21,7 @@ from constrained_ft.distributed import StopRequest, seed_for
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.progress import Display
 from constrained_ft.rollouts import Rollouts, completion_hidden_states, pad_right, sample
+from constrained_ft.run_folder import write_atomically
 from constrained_ft.scorers import Scorer, score_all
 
 _RESAMPLES = 1000
@@ -195,9 +196,34 @@ def distinct(texts: Sequence[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def save(path: Path, evaluations: Sequence[Evaluation]) -> None:
-    """Write results as JSON."""
-    path.write_text(json.dumps([asdict(one) for one in evaluations], indent=2) + "\n")
+def save(
+    path: Path,
+    evaluations: Sequence[Evaluation],
+    config: Config,
+    prompts_file: Path | None = None,
+) -> None:
+    """Write results as JSON, with the settings that they depend on.
+
+    Args:
+        path: the file.
+        evaluations: one for each model.
+        config: what they were measured with.
+        prompts_file: where the prompts came from, if not from the configuration.
+    """
+    measured = config.evaluation
+    settings = {
+        "seed": config.seed,
+        "prompts": "held out" if prompts_file is None else str(prompts_file),
+        "samples_per_prompt": measured.samples_per_prompt,
+        "max_new_tokens": config.prompts.max_new_tokens,
+        "scorer": evaluations[0].scorer,
+        "satisfied_at": config.constraint.satisfied_at,
+        "judge": evaluations[0].judge,
+        "judge_satisfied_at": measured.judge_satisfied_at,
+    }
+    models = [asdict(one) for one in evaluations]
+    tree = {"settings": settings, "models": models}
+    write_atomically(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
 
 
 def load(path: Path) -> list[Evaluation]:
@@ -224,7 +250,7 @@ def load(path: Path) -> list[Evaluation]:
                 }
             )
         )
-        for one in json.loads(path.read_text())
+        for one in json.loads(path.read_text())["models"]
     ]
 
 

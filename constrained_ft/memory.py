@@ -28,5 +28,5 @@ def estimate_memory(llm: LLM, config: Config) -> int:
     rollouts = config.prompts.prompts_per_iteration * config.prompts.samples_per_prompt
     kept = config.auxiliary.replay_iterations + 1
     replay = rollouts * config.prompts.max_new_tokens * width * (2 if llm.bf16 else 4) * kept
-    total = weights + optimizer + head + logits + auxiliary + activations + replay
+    total: int = weights + optimizer + head + logits + auxiliary + activations + replay
     return total + _RUNTIME_BYTES

@@ -86,10 +86,12 @@ def build_auxiliary(
     config: Config, llm: LLM, tokenizer: PreTrainedTokenizerBase, scorer: Scorer
 ) -> Auxiliary:
     """R before the first sample: the vocabulary prior, or nothing."""
-    embeddings_VD = llm.module.get_input_embeddings().weight.detach()
+    embeddings = llm.module.get_input_embeddings().weight
+    assert isinstance(embeddings, torch.Tensor)
+    embeddings_VD = embeddings.detach()
     prior_V = torch.zeros(len(embeddings_VD), device=llm.device)
     if config.auxiliary.vocabulary_prior:
-        texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
+        texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
         nothing, *scores = score_all(scorer, [""] * (len(texts) + 1), ["", *texts])
         prior_V[: len(texts)] = vocabulary_prior(torch.tensor(scores), nothing)
     seed = seed_for(config.seed, "auxiliary")

@@ -27,7 +27,7 @@ def _evaluate_base(parts: Parts, config: Config, folder: RunFolder) -> evaluate.
     if folder.evaluation_file.exists():
         return evaluate.load(folder.evaluation_file)[0]
     base = evaluate_held_out(parts, config, parts.llm.frozen(), "base", base=None)
-    evaluate.save(folder.evaluation_file, [base])
+    evaluate.save(folder.evaluation_file, [base], config)
     return base
 
 

@@ -131,16 +131,24 @@ def label(rollouts: Rollouts, scorer: Scorer, constraint: ConstraintConfig) -> L
     scores = score_all(scorer, rollouts.prompt_texts, rollouts.texts)
     scores_N = torch.tensor(scores, dtype=torch.float32, device=rollouts.ids_NT.device)
     satisfied_N = scores_N >= constraint.satisfied_at
+    return LabeledRollouts(
+        rollouts=rollouts,
+        scores_N=scores_N,
+        satisfied_N=satisfied_N,
+        labels_N=_labels(scores_N, satisfied_N, constraint),
+    )
+
+
+def _labels(
+    scores_N: Float[Tensor, " N"], satisfied_N: Bool[Tensor, " N"], constraint: ConstraintConfig
+) -> Float[Tensor, " N"]:
     match constraint.labels:
         case "hard":
-            labels_N = satisfied_N.float()
+            return satisfied_N.float()
         case "soft":
-            labels_N = scores_N
+            return scores_N
         case "tilt":
-            labels_N = equations.tilt_labels(scores_N, constraint.beta)
-    return LabeledRollouts(
-        rollouts=rollouts, scores_N=scores_N, satisfied_N=satisfied_N, labels_N=labels_N
-    )
+            return equations.tilt_labels(scores_N, constraint.beta)
 
 
 def completion_hidden_states(
@@ -231,7 +239,9 @@ def _decode(
     usable = len(llm.tokenizer)  # a head may be padded beyond the tokenizer
     hidden_BD, cache, mask_BL = _prefill(llm, prompts, repeats)
     alive_B = torch.ones(rows, dtype=torch.bool, device=llm.device)
-    ids, masks, hiddens = [], [], []
+    ids: list[Tensor] = []
+    masks: list[Tensor] = []
+    hiddens: list[Tensor] = []
     for step in range(steps):
         hiddens.append(hidden_BD)
         logits_BV = llm.head(hidden_BD)[:, :usable]
@@ -307,13 +317,13 @@ def _collect(
     ids_NT = join(part.ids_BT for part in decoded)
     mask_NT = join(part.mask_BT for part in decoded)
     end = llm.tokenizer.eos_token_id
-    texts = []
+    said = []
     for row_ids, row_mask in zip(ids_NT.tolist(), mask_NT.tolist(), strict=True):
         kept = [token for token, real in zip(row_ids, row_mask, strict=True) if real]
         # The end-of-text token is the model's way to stop, not a part of what it says.
         if kept and kept[-1] == end:
             kept.pop()
-        texts.append(llm.tokenizer.decode(kept))
+        said.append(kept)
     counts = torch.tensor([part.ids_BT.shape[0] for part in decoded])
     return Rollouts(
         prompts=tuple(prompts),
@@ -321,6 +331,6 @@ def _collect(
         ids_NT=ids_NT,
         mask_NT=mask_NT,
         hidden_NTD=join(part.hidden_BTD for part in decoded),
-        texts=tuple(texts),
+        texts=tuple(llm.tokenizer.batch_decode(said)),
         iteration=iteration,
     )

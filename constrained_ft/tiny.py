@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -65,23 +66,17 @@ def tiny_model(shape: str, seed: int) -> PreTrainedModel:
         "num_key_value_heads": 2,
         "max_position_embeddings": CONTEXT_LENGTH,
     }
+    config: PreTrainedConfig
     match shape:
         case "llama":
-            config = LlamaConfig(**common, **rotary, tie_word_embeddings=True)
+            config = LlamaConfig.from_dict(common | rotary | {"tie_word_embeddings": True})
         case "qwen2":
-            padded = common | {"vocab_size": 272}
-            config = Qwen2Config(**padded, **rotary, tie_word_embeddings=False)
+            padded = {"vocab_size": 272, "tie_word_embeddings": False}
+            config = Qwen2Config.from_dict(common | rotary | padded)
         case "gpt2":
-            config = GPT2Config(
-                **common,
-                n_embd=64,
-                n_layer=2,
-                n_head=4,
-                n_positions=CONTEXT_LENGTH,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-                resid_pdrop=0.0,
-            )
+            absolute = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT_LENGTH}
+            no_dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
+            config = GPT2Config.from_dict(common | absolute | no_dropout)
         case _:
             raise ConfigError(
                 f"llm.model_name_or_path: no tiny model has the shape {shape!r}; "

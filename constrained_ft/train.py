@@ -120,6 +120,6 @@ def _finish(parts: Parts, config: Config, folder: RunFolder, base: Evaluation) -
     parts.display.advance()
     tuned = evaluate_held_out(parts, config, final, "tuned", load_frozen(config.llm))
     evaluations = [base, tuned]
-    evaluate.save(folder.evaluation_file, evaluations)
+    evaluate.save(folder.evaluation_file, evaluations, config)
     parts.display.table("Held-out prompts and text", *evaluate.table(evaluations))
     return evaluations

@@ -404,7 +404,7 @@ def test_evaluate_hands_its_options_over(cft: Cft, monkeypatch: pytest.MonkeyPat
     def evaluate_command(targets: list[str], **options: object) -> None:
         seen.update(options, targets=targets)
 
-    fake(monkeypatch, "evaluate", evaluate_command=evaluate_command)
+    fake(monkeypatch, "compare", evaluate_command=evaluate_command)
     ran = cft("evaluate", "run", "model", "--prompts", "p.txt", "--output", "o.json", "--seed", "3")
     assert ran.code == 0
     assert seen["targets"] == ["run", "model"]

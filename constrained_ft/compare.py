@@ -1,0 +1,210 @@
+"""Measure several models side by side: the same prompts, the same uniform numbers, one table."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from constrained_ft import evaluate
+from constrained_ft.compose import compose
+from constrained_ft.config import Config
+from constrained_ft.data import (
+    Prompt,
+    Row,
+    check_prompt_lengths,
+    load_corpus,
+    load_prompts,
+    read_prompts,
+)
+from constrained_ft.distributed import StopRequest
+from constrained_ft.errors import ConfigError
+from constrained_ft.evaluate import Evaluation
+from constrained_ft.llm import FrozenLLM
+from constrained_ft.named_models import ModelSource, base_model, final_model, find_run, model_at
+from constrained_ft.progress import Display
+from constrained_ft.run_folder import RunFolder
+from constrained_ft.scorers import build_scorer, probe
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """A column of the table."""
+
+    name: str
+    source: ModelSource
+    base: int | None
+    """The column to which its KL is measured; None for a base."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Material:
+    """Prompts and held-out text in one model's tokens."""
+
+    prompts: tuple[Prompt, ...]
+    validation: tuple[Row, ...]
+
+
+def evaluate_command(  # noqa: PLR0913
+    targets: Sequence[str],
+    *,
+    prompts_file: Path | None,
+    output: Path | None,
+    max_prompts: int | None,
+    samples_per_prompt: int | None,
+    seed: int,
+    display: Display,
+) -> list[Evaluation]:
+    """Measure runs and models; show a table, and write it to a file.
+
+    Args:
+        targets: a run shows its base and its final model; a model folder or hub id shows itself.
+        prompts_file: used instead of the held-out prompts.
+        output: the JSON file.
+        max_prompts: of each group; None takes the configured number, or all of `prompts_file`.
+        samples_per_prompt: None takes the configured number.
+        seed: of the samples.
+        display: what people watch.
+
+    Raises:
+        ConfigError: when a run is not finished or the output cannot be written.
+        DataError: when the prompts or the corpus cannot be used.
+        ModelError: when a model is missing.
+        ScorerError: when a score is missing or invalid.
+    """
+    if output is not None:
+        _check_output(output)
+    runs = {target: run for target in targets if (run := find_run(target)) is not None}
+    config = _settings(runs, max_prompts, samples_per_prompt, seed, prompts_file)
+    subjects = _subjects(targets, runs)
+    for note in _warnings(config, runs, prompts_file):
+        display.note(note)
+    display.phase("loading", 1)
+    scorer = build_scorer(config.constraint.scorer)
+    probe(scorer)
+    judge = None if config.evaluation.judge is None else build_scorer(config.evaluation.judge)
+    if judge is not None:
+        probe(judge)
+    kept: dict[int, FrozenLLM] = {}
+    evaluations: list[Evaluation] = []
+    for place, subject in enumerate(subjects):
+        llm = subject.source.load()
+        if any(other.base == place for other in subjects):
+            kept[place] = llm
+        material = _material(config, llm.tokenizer, subject.source, prompts_file)
+        base = None if subject.base is None else kept[subject.base]
+        display.phase(
+            f"evaluating {subject.name}",
+            len(material.prompts) * config.evaluation.samples_per_prompt,
+        )
+        evaluations.append(
+            evaluate.evaluate(
+                llm,
+                material.prompts,
+                material.validation,
+                scorer,
+                judge,
+                config,
+                model=subject.name,
+                base=base if base is not None and _same_tokens(llm, base) else None,
+                display=display,
+                stop=StopRequest(),
+            )
+        )
+    title = "Held-out prompts and text" if prompts_file is None else f"Prompts of {prompts_file}"
+    display.table(title, *evaluate.table(evaluations))
+    if output is not None:
+        evaluate.save(output, evaluations, config, prompts_file)
+        display.note(f"written to {output}")
+    return evaluations
+
+
+def _check_output(output: Path) -> None:
+    """See before hours of work whether the result can be written."""
+    if output.is_dir():
+        raise ConfigError(f"--output {output} is a folder; give a file")
+    parent = output.absolute().parent
+    existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(f"--output {output}: cannot write to {existing}")
+
+
+def _settings(
+    runs: dict[str, RunFolder],
+    max_prompts: int | None,
+    samples_per_prompt: int | None,
+    seed: int,
+    prompts_file: Path | None,
+) -> Config:
+    """The first run's configuration, or the default one, with what the command line changes."""
+    first = next(iter(runs.values()), None)
+    config = compose(()) if first is None else first.config()
+    if max_prompts is None:
+        # All prompts of a file were chosen by somebody already.
+        max_prompts = config.evaluation.max_prompts if prompts_file is None else 2**31
+    changes: dict[str, object] = {"max_prompts": max_prompts}
+    if samples_per_prompt is not None:
+        changes["samples_per_prompt"] = samples_per_prompt
+    evaluation = config.evaluation.model_copy(update=changes)
+    return config.model_copy(update={"seed": seed, "evaluation": evaluation})
+
+
+def _subjects(targets: Sequence[str], runs: dict[str, RunFolder]) -> list[_Subject]:
+    subjects: list[_Subject] = []
+    for target in dict.fromkeys(targets):
+        name = Path(target).name or target
+        if target not in runs:
+            first = 0 if subjects else None
+            subjects.append(_Subject(name=name, source=model_at(target), base=first))
+            continue
+        base = base_model(runs[target])
+        known = [subject.source for subject in subjects]
+        if base not in known:
+            label = "base" if len(runs) == 1 else f"base of {name}"
+            subjects.append(_Subject(name=label, source=base, base=None))
+            known.append(base)
+        tuned = final_model(runs[target])
+        subjects.append(_Subject(name=name, source=tuned, base=known.index(base)))
+    names = [subject.name for subject in subjects]
+    return [
+        replace(one, name=one.source.config.model_name_or_path)
+        if names.count(one.name) > 1
+        else one
+        for one in subjects
+    ]
+
+
+def _warnings(config: Config, runs: dict[str, RunFolder], prompts_file: Path | None) -> list[str]:
+    """What a reader of the table has to know."""
+    if prompts_file is not None:
+        return []
+    return [
+        f"{name} was trained with other prompts or another corpus than these; some of what is "
+        "held out here may have been used there"
+        for name, run in runs.items()
+        if (run.config().prompts, run.config().data) != (config.prompts, config.data)
+    ]
+
+
+def _material(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    source: ModelSource,
+    prompts_file: Path | None,
+) -> _Material:
+    corpus = load_corpus(config.data, tokenizer)
+    context = source.context_length()
+    if prompts_file is None:
+        found = load_prompts(config.prompts, tokenizer, config.data, context).held_out
+    else:
+        found = read_prompts(str(prompts_file), tokenizer)
+        check_prompt_lengths(found, config.prompts.max_new_tokens, context)
+    chosen = evaluate.choose_prompts(found, config.evaluation.max_prompts)
+    return _Material(prompts=tuple(chosen), validation=corpus.validation)
+
+
+def _same_tokens(llm: FrozenLLM, base: FrozenLLM) -> bool:
+    """Whether a KL between two models means something."""
+    same_size = len(llm.head.weight_VD) == len(base.head.weight_VD)
+    return same_size and llm.tokenizer.get_vocab() == base.tokenizer.get_vocab()
