@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -45,6 +46,9 @@ class Settings:
         """
         if self.verbose or "torch" in sys.modules:
             return
+        if not sys.warnoptions:  # neither -W nor PYTHONWARNINGS
+            # What libraries tell the programmers who use them, such as us.
+            warnings.simplefilter("ignore", FutureWarning)
         for name, value in {
             "TRANSFORMERS_VERBOSITY": "error",
             "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",

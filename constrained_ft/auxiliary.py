@@ -85,7 +85,7 @@ class Auxiliary(nn.Module):
     def __init__(
         self,
         config: AuxiliaryConfig,
-        embeddings_VD: Float[Tensor, "V D"],
+        embeddings_VD: Float[Tensor, "W D"],
         prior_V: Float[Tensor, " V"],
         *,
         seed: int,
@@ -94,7 +94,8 @@ class Auxiliary(nn.Module):
 
         Args:
             config: the `auxiliary` section.
-            embeddings_VD: the LLM's token embeddings, kept frozen.
+            embeddings_VD: the LLM's token embeddings, kept frozen; one row where no table will be
+                built from them.
             prior_V: evidence of each token on its own, in logits; zeros for none.
             seed: of the initial weights.
         """

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from constrained_ft.config import Config
 from constrained_ft.data import Prompt, Row, pad_id
@@ -139,7 +140,7 @@ def evaluate(  # noqa: PLR0913
     )
 
 
-def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
+def bootstrap(values: Sequence[float] | NDArray[np.generic], seed: int = 0) -> Interval:
     """Mean of independent values and the percentile interval of its bootstrap distribution."""
     array = np.asarray(values, dtype=np.float64)
     draws = np.random.default_rng(seed).integers(len(array), size=(_RESAMPLES, len(array)))

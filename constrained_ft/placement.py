@@ -1,13 +1,14 @@
 """Where stage 1 runs. The schedule, which target an update reads, is decided in `train`."""
 
 from collections.abc import Callable
-from typing import ParamSpec, Protocol
+from typing import ParamSpec, Protocol, runtime_checkable
 
 from constrained_ft.target import Target
 
 P = ParamSpec("P")
 
 
+@runtime_checkable
 class Pending(Protocol):
     """A target being learned."""
 
@@ -16,6 +17,7 @@ class Pending(Protocol):
         ...
 
 
+@runtime_checkable
 class Placement(Protocol):
     """Runs stage 1 somewhere."""
 

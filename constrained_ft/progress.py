@@ -1,11 +1,12 @@
 """What a run tells the person who watches it; drawing it is the command line's business."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 __all__ = ["Display", "Silent"]
 
 
+@runtime_checkable
 class Display(Protocol):
     """Where stages report what they do. Numbers are metrics under the names that are shown."""
 

@@ -169,6 +169,7 @@ INVALID = [
     # Pairs.
     ("constraint.labels=tilt constraint.beta=0", "constraint", "beta > 0"),
     ("constraint.threshold=0.9 constraint.labels=soft", "constraint", "labels=hard"),
+    ("experiment=smoke evaluation.judge={kind:letters,letter:e,at_most:0}", "", "judge itself"),
     ("trainer.warmup_steps=9999", "trainer", "warmup_steps=9999"),
     ("data.name=some/data", "data", "data=hub data.name=NAME"),
     # Syntax.
