@@ -101,7 +101,7 @@ def test_any_model_completes_prompts_without_scores(foreign: dict[str, Path]) ->
 
 
 def test_guidance_without_a_run_says_what_to_give(foreign: dict[str, Path]) -> None:
-    with pytest.raises(ConfigError, match="needs the auxiliary of a run.*config.yaml"):
+    with pytest.raises(ConfigError, match=r"needs the auxiliary of a run.*config\.yaml"):
         generate(foreign["gpt2"], guided=True)
 
 
@@ -120,7 +120,7 @@ def test_an_unfinished_run_says_how_to_finish_it(tmp_path: Path) -> None:
     folder.write_status("interrupted", iteration=3)
     folder.close()
     for command in (generate, measure):
-        with pytest.raises(ConfigError, match="interrupted after 3 iterations.*--resume"):
+        with pytest.raises(ConfigError, match=r"interrupted after 3 iterations.*--resume"):
             command(path)
 
 
