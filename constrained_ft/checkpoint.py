@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def save(folder: Path, iteration: int, parts: Parts, reference_head: Head) -> Pa
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files are whole, and what is wrong with newer ones."""
-    faults = []
+    faults: list[str] = []
     for candidate in reversed(_folders(folder)):
         fault = _fault(candidate)
         if fault is None:
@@ -93,9 +93,7 @@ def restore(checkpoint: Path, parts: Parts) -> tuple[int, Head]:
     try:
         state = json.loads((checkpoint / "state.json").read_text())
         parts.llm.load_trained(_read_tensors(checkpoint / "llm.safetensors", device))
-        parts.auxiliary.load_state_dict(
-            _read_tensors(checkpoint / "auxiliary.safetensors", device)
-        )
+        parts.auxiliary.load_state_dict(_read_tensors(checkpoint / "auxiliary.safetensors", device))
         _read_optimization(checkpoint, state, parts.optimization)
         parts.replay = [
             _read_labeled(checkpoint / f"replay_{i}.safetensors", entry, device)
@@ -104,7 +102,7 @@ def restore(checkpoint: Path, parts: Parts) -> tuple[int, Head]:
         head = parts.llm.head
         if (checkpoint / "reference_head.safetensors").exists():
             tensors = _read_tensors(checkpoint / "reference_head.safetensors", device)
-            head = Head(weight_VD=tensors["weight"], bias_V=tensors.get("bias"))
+            head = replace(head, weight_VD=tensors["weight"], bias_V=tensors.get("bias"))
     except (OSError, KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint} does not fit this run: {error}; use the run's own config.yaml"

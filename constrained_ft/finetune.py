@@ -32,10 +32,10 @@ from constrained_ft.progress import Display
 from constrained_ft.rollouts import completion_hidden_states, pad_right
 from constrained_ft.target import Target
 
-_CHUNK_ROWS = 256  # positions whose logits exist at once
+_CHUNK_ROWS = 512  # positions whose logits exist at once
 
 
-def update_llm(
+def update_llm(  # noqa: PLR0913
     llm: LLM,
     target: Target,
     corpus: Corpus,
@@ -138,7 +138,9 @@ def _corpus_counts(
 
 def _corpus_backward(llm: LLM, rows: Sequence[Row], scale: float) -> float:
     """Backward of scale * sum of cross-entropies; returns the unscaled sum in nats."""
-    ids_BL, lengths_B = pad_right([row.token_ids for row in rows], pad_id(llm.tokenizer), llm.device)
+    ids_BL, lengths_B = pad_right(
+        [row.token_ids for row in rows], pad_id(llm.tokenizer), llm.device
+    )
     trained = [list(row.trained) + [False] * (ids_BL.shape[1] - len(row.trained)) for row in rows]
     trained_BL = torch.tensor(trained, device=llm.device)
     # Position j predicts token j + 1.
@@ -149,7 +151,8 @@ def _corpus_backward(llm: LLM, rows: Sequence[Row], scale: float) -> float:
         ce_M = F.cross_entropy(llm.head(chunk_MD), next_M[places_M], reduction="none")
         return (ce_M * scale).sum(), ce_M.detach().sum()
 
-    return _backward_in_chunks(hidden_MD, losses)
+    with llm.head.fast_products():
+        return _backward_in_chunks(hidden_MD, losses)
 
 
 def _target_backward(
@@ -167,7 +170,8 @@ def _target_backward(
         kl_M = equations.kl_to_target(log_q_MV, llm.head(chunk_MD)) * weights_M[places_M]
         return (kl_M * scale_N[places_N[places_M]]).sum(), kl_M.detach().sum()
 
-    return _backward_in_chunks(hidden_NTD[places_N, steps_M], losses)
+    with llm.head.fast_products():
+        return _backward_in_chunks(hidden_NTD[places_N, steps_M], losses)
 
 
 def _backward_in_chunks(
@@ -182,9 +186,9 @@ def _backward_in_chunks(
     places = torch.arange(len(leaf_MD), device=leaf_MD.device)
     for places_M in places.split(_CHUNK_ROWS):
         loss, shown = losses(leaf_MD[places_M], places_M)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += float(shown)
-    hidden_MD.backward(leaf_MD.grad)  # type: ignore[no-untyped-call]
+    hidden_MD.backward(leaf_MD.grad)
     return total
 
 

@@ -10,10 +10,10 @@ where Rbar is the one-step expectation of R under the reference, without gradien
 2205.14219). The first is unbiased; the second shares strength between prefixes.
 
 Rollouts of earlier iterations are fitted again with weight `replay_weight` per iteration of age.
-They come from an earlier LLM and are off-policy for R: the weight is a plain discount, no importance
-ratio, because over whole suffixes ratios have more variance than the bias they remove. The
-held-out slice that stops the fit early holds prompts of the newest iteration only, so a replay that
-hurts is stopped by it.
+They come from an earlier LLM and are off-policy for R: the weight is a plain discount, no
+importance ratio, because over whole suffixes ratios have more variance than the bias they remove.
+The held-out slice that stops the fit early holds prompts of the newest iteration only, so a replay
+that hurts is stopped by it.
 """
 
 from collections.abc import Sequence
@@ -87,7 +87,7 @@ class Examples:
         )
 
 
-def fit_auxiliary(
+def fit_auxiliary(  # noqa: PLR0913
     auxiliary: Auxiliary,
     head: Head,
     labeled: Sequence[LabeledRollouts],
@@ -130,7 +130,7 @@ def fit_auxiliary(
     return quality | {"auxiliary/epochs": float(epochs), "auxiliary/examples": float(len(training))}
 
 
-def _descend(
+def _descend(  # noqa: PLR0913
     auxiliary: Auxiliary,
     head: Head,
     training: Examples,
@@ -154,7 +154,7 @@ def _descend(
         for rows in order.split(config.batch_size):
             loss = _loss(auxiliary, head, training.take(rows), shift, config.consistency_weight)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(auxiliary.parameters(), 1.0)
             optimizer.step()
         auxiliary.eval()
@@ -178,7 +178,7 @@ def _settle_scalars(auxiliary: Auxiliary, sample: Examples) -> None:
     def closure() -> float:
         optimizer.zero_grad()
         loss = _loss(auxiliary, _NO_HEAD, sample, 0.0, 0.0)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return float(loss.detach())
 
     optimizer.step(closure)
@@ -239,7 +239,7 @@ def _validation_loss(auxiliary: Auxiliary, validation: Examples) -> float:
     return float(loss)
 
 
-_NO_HEAD = Head(weight_VD=torch.zeros(0, 0), bias_V=None)
+_NO_HEAD = Head(weight_VD=torch.zeros(0, 0), bias_V=None, bf16_valued=False)
 
 
 def _split_by_prompt(
@@ -267,9 +267,7 @@ def measure(
         `metrics.METRICS`. The ROC area needs both classes and is left out otherwise.
     """
     evidence = auxiliary.read_examples(examples.hidden_NTD, examples.ids_NT, examples.mask_NT)
-    logits_NT = auxiliary.table.logits_of(
-        evidence.factors_NTR, evidence.offset_NT, examples.ids_NT
-    )
+    logits_NT = auxiliary.table.logits_of(evidence.factors_NTR, evidence.offset_NT, examples.ids_NT)
     probs_NT = logits_NT.sigmoid()
     lengths_N = examples.mask_NT.sum(-1)
     rows_N = torch.arange(len(examples), device=lengths_N.device)
@@ -304,9 +302,7 @@ def measure(
     return metrics
 
 
-def area_under_curve(
-    scores_N: Float[Tensor, " N"], labels_N: Float[Tensor, " N"]
-) -> float | None:
+def area_under_curve(scores_N: Float[Tensor, " N"], labels_N: Float[Tensor, " N"]) -> float | None:
     """Area under the ROC curve, ties counted half; None when only one class is present."""
     positive_N = labels_N >= 0.5
     positives, negatives = int(positive_N.sum()), int((~positive_N).sum())

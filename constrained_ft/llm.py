@@ -9,7 +9,7 @@ multiplies in float32, because KL divergences of 0.01 nat drown in the rounding 
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,29 @@ class Head:
 
     weight_VD: Float[Tensor, "V D"]
     bias_V: Float[Tensor, " V"] | None
+    bf16_valued: bool
+    """Weights and hidden states are bfloat16 numbers: `fast_products` loses nothing forward."""
 
     def __call__(self, hidden_ND: Float[Tensor, "*N D"]) -> Float[Tensor, "*N V"]:
         """Next-token logits, float32."""
-        return F.linear(hidden_ND.float(), self.weight_VD, self.bias_V)
+        with self.fast_products():
+            return F.linear(hidden_ND.float(), self.weight_VD, self.bias_V)
+
+    @contextmanager
+    def fast_products(self) -> Iterator[None]:
+        """Multiply on bfloat16 units where both factors are bfloat16 numbers anyway.
+
+        Products are summed and returned in float32, so the forward pass is as exact as in float32
+        and twice as fast. Backward passes round the gradient of the logits to 8 bits.
+        """
+        products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at run time
+        before = products.fp32_precision
+        if self.bf16_valued:
+            products.fp32_precision = "bf16"
+        try:
+            yield
+        finally:
+            products.fp32_precision = before
 
     def frozen(self) -> "Head":
         """This head as it is now; trained weights are copied, frozen ones shared."""
@@ -53,7 +72,7 @@ class Head:
             return tensor.detach().clone() if tensor.requires_grad else tensor
 
         bias = None if self.bias_V is None else keep(self.bias_V)
-        return Head(weight_VD=keep(self.weight_VD), bias_V=bias)
+        return replace(self, weight_VD=keep(self.weight_VD), bias_V=bias)
 
 
 class FrozenLLM:
@@ -285,7 +304,7 @@ def _wants_bf16(config: LLMConfig, precision: str) -> bool:
 def multiplies_bf16_fast(device: torch.device) -> bool:
     """Whether bfloat16 matrix products are faster than float32 ones on this device."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         return bool(torch.cpu._is_avx512_bf16_supported())
     return False
@@ -350,11 +369,13 @@ def _head_of(module: PreTrainedModel) -> Head:
             f"{type(module).__name__} has no linear output head ({type(layer).__name__}); "
             "use a causal language model"
         )
-    weight, bias = layer.weight, layer.bias
+    parameters: dict[str, Tensor] = dict(layer.named_parameters(recurse=False))
+    weight, bias = parameters["weight"], parameters.get("bias")
+    bf16_valued = weight.dtype == torch.bfloat16
     if not weight.requires_grad:
         weight = weight.detach().float()
         bias = None if bias is None else bias.detach().float()
-    return Head(weight_VD=weight, bias_V=bias)
+    return Head(weight_VD=weight, bias_V=bias, bf16_valued=bf16_valued)
 
 
 @torch.no_grad()

@@ -25,9 +25,7 @@ from constrained_ft.fit import fit_auxiliary
 from constrained_ft.llm import FrozenLLM, Head
 from constrained_ft.parts import Parts
 from constrained_ft.progress import Display
-from constrained_ft.rollouts import LabeledRollouts, completion_hidden_states, label, sample
-
-_REFERENCE_ROWS = 32
+from constrained_ft.rollouts import LabeledRollouts, label, sample, with_forward_states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +68,8 @@ class Target:
 
     def with_reference(self, reference: FrozenLLM) -> "Target":
         """The same guidance applied to another reference: `trainer.reference=fresh`."""
-        rollouts = self.labeled.rollouts
-        rows_N = torch.arange(len(rollouts.prompt_N), device=rollouts.ids_NT.device)
-        hidden = [
-            completion_hidden_states(reference, rollouts, rows)
-            for rows in rows_N.split(_REFERENCE_ROWS)
-        ]
-        return replace(self, reference_NTD=torch.cat(hidden), head=reference.head)
+        rollouts = with_forward_states(reference, self.labeled.rollouts)
+        return replace(self, reference_NTD=rollouts.hidden_NTD, head=reference.head)
 
 
 def learn_target(parts: Parts, config: Config, reference: FrozenLLM, iteration: int) -> Target:
@@ -114,6 +107,7 @@ def learn_auxiliary(
         display=display,
         stop=stop,
     )
+    rollouts = with_forward_states(reference, rollouts)
     display.phase("scoring", len(rollouts.texts))
     labeled = label(rollouts, parts.scorer, config.constraint)
     satisfaction = float(labeled.satisfied_N.float().mean())
