@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group, JustifyMethod, RenderableType
 from rich.live import Live
 from rich.padding import Padding
 from rich.panel import Panel
@@ -99,7 +99,7 @@ class PlainDisplay:
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """The table, also when quiet: it is the result."""
-        self._console.print(_table(title, columns, rows), width=_table_width(self._console))
+        self._console.print(_table(title, columns, rows))
 
     def _say(self, text: str) -> None:
         self._said = self._clock()
@@ -184,7 +184,7 @@ class TerminalDisplay:
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """The table; nothing is in progress any more."""
         self.close()
-        self._console.print(_table(title, columns, rows), width=_table_width(self._console))
+        self._console.print(_table(title, columns, rows))
 
     def close(self) -> None:
         """Take the live picture down."""
@@ -307,12 +307,9 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     )
     for index, column in enumerate(columns):
         numbers = all(row[index][:1] in "0123456789-–+." for row in rows)
-        table.add_column(column, justify="right" if numbers and index > 0 else "left")
+        side: JustifyMethod = "right" if numbers and index > 0 else "left"
+        # A narrow terminal gets more lines, never half a number.
+        table.add_column(column, justify=side, overflow="fold")
     for row in rows:
         table.add_row(*(Text(clean(cell)) for cell in row))
     return table
-
-
-def _table_width(console: Console) -> int | None:
-    """A file has no width of its own: give tables room there."""
-    return None if console.is_terminal else max(console.width, 120)

@@ -10,6 +10,8 @@ from rich.text import Text
 
 __all__ = ["Settings", "settings"]
 
+_FILE_WIDTH = 160  # a file has no width of its own; tables get room there
+
 
 @dataclass
 class Settings:
@@ -22,7 +24,10 @@ class Settings:
 
     def console(self, *, stderr: bool = False) -> Console:
         """A console for progress and results, or for errors."""
-        return Console(stderr=stderr, no_color=True if not self.color else None, highlight=False)
+        console = Console(stderr=stderr, no_color=True if not self.color else None, highlight=False)
+        if not console.is_terminal and "COLUMNS" not in os.environ:
+            console.width = _FILE_WIDTH
+        return console
 
     def complain(self, message: str) -> None:
         """One error message, nothing else."""

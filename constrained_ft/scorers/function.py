@@ -25,7 +25,7 @@ class FunctionScorer:
             raise ScorerError(f"constraint.scorer.path={path}: there is no file {self._file}")
         source = self._file.read_bytes()
         self.name = f"function {path}"
-        self.version = hashlib.sha256(source).hexdigest()
+        self.version = hashlib.sha256(source).hexdigest()[:16]
         module = _module(self._file, self.version)
         found: object = vars(module).get(function)
         if not callable(found):
