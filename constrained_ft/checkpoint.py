@@ -25,19 +25,21 @@ from constrained_ft.llm import Head
 from constrained_ft.optimization import Optimization
 from constrained_ft.parts import Parts
 from constrained_ft.rollouts import LabeledRollouts, Rollouts
+from constrained_ft.target import Reference
 
 _MANIFEST = "manifest.json"
+_REFERENCE = "reference.safetensors"
 _KEPT = 2
 
 
-def save(folder: Path, iteration: int, parts: Parts, reference_head: Head) -> Path:
+def save(folder: Path, iteration: int, parts: Parts, reference: Reference) -> Path:
     """Write `folder/iteration_0001` and so on; older ones but the newest two are removed.
 
     Args:
         folder: the run's `checkpoints/`.
         iteration: the last finished iteration.
         parts: what is saved: trained weights, optimizer, auxiliary, replay.
-        reference_head: the head of the newest target's reference, which a stale target needs.
+        reference: the newest target's, which a stale target needs.
 
     Raises:
         CheckpointError: when it cannot be written; earlier checkpoints are untouched.
@@ -49,11 +51,7 @@ def save(folder: Path, iteration: int, parts: Parts, reference_head: Head) -> Pa
         _write_tensors(aside / "llm.safetensors", parts.llm.trained_parameters())
         _write_tensors(aside / "auxiliary.safetensors", parts.auxiliary.state_dict())
         state = {"iteration": iteration, **_write_optimization(aside, parts.optimization)}
-        if reference_head.weight_VD is not parts.llm.head.weight_VD:
-            head = {"weight": reference_head.weight_VD}
-            if reference_head.bias_V is not None:
-                head["bias"] = reference_head.bias_V
-            _write_tensors(aside / "reference_head.safetensors", head)
+        _write_tensors(aside / _REFERENCE, _reference_tensors(reference, parts.llm.head))
         state["replay"] = [
             _write_labeled(aside / f"replay_{i}.safetensors", labeled)
             for i, labeled in enumerate(parts.replay)
@@ -83,8 +81,8 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, faults
 
 
-def restore(checkpoint: Path, parts: Parts) -> tuple[int, Head]:
-    """Put everything back; returns the last finished iteration and the newest reference's head.
+def restore(checkpoint: Path, parts: Parts) -> tuple[int, Reference]:
+    """Put everything back; returns the last finished iteration and the newest target's reference.
 
     Raises:
         CheckpointError: when the checkpoint does not fit the run's configuration.
@@ -99,15 +97,26 @@ def restore(checkpoint: Path, parts: Parts) -> tuple[int, Head]:
             _read_labeled(checkpoint / f"replay_{i}.safetensors", entry, device)
             for i, entry in enumerate(state["replay"])
         ]
+        tensors = _read_tensors(checkpoint / _REFERENCE, device)
         head = parts.llm.head
-        if (checkpoint / "reference_head.safetensors").exists():
-            tensors = _read_tensors(checkpoint / "reference_head.safetensors", device)
+        if "weight" in tensors:
             head = replace(head, weight_VD=tensors["weight"], bias_V=tensors.get("bias"))
+        reference = Reference(hidden_NTD=tensors["hidden"], head=head)
     except (OSError, KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint} does not fit this run: {error}; use the run's own config.yaml"
         ) from error
-    return int(state["iteration"]), head
+    return int(state["iteration"]), reference
+
+
+def _reference_tensors(reference: Reference, live: Head) -> dict[str, Tensor]:
+    """The reference's states, and its head where the LLM trains its own."""
+    tensors = {"hidden": reference.hidden_NTD}
+    if reference.head.weight_VD is not live.weight_VD:
+        tensors["weight"] = reference.head.weight_VD
+        if reference.head.bias_V is not None:
+            tensors["bias"] = reference.head.bias_V
+    return tensors
 
 
 def _folders(folder: Path) -> list[Path]:

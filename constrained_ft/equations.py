@@ -308,6 +308,32 @@ def accepted_weights(
     return torch.where(wanted > 0, wanted / (floor + (1 - floor) * satisfaction), 0.0)
 
 
+def inclusion_chances(sizes: Float[Tensor, " N"], expected: int) -> Float[Tensor, " N"]:
+    """Chances with which to keep each of some terms of a sum, so that `expected` are kept.
+
+    A kept term counts 1 / chance times, which leaves the sum unbiased whatever the chances; they are
+    in proportion to a term's size plus the mean size, so that no kept term counts more than about
+    2 N / expected times. Terms whose chance would exceed 1 are always kept.
+
+    Args:
+        sizes: how much each term is expected to matter, at least 0.
+        expected: how many to keep; from N on all are kept.
+
+    Source: Horvitz & Thompson 1952, sampling with unequal probabilities.
+    """
+    sizes = sizes + sizes.mean().clamp_min(torch.finfo(sizes.dtype).tiny)
+    if expected >= len(sizes):
+        return torch.ones_like(sizes)
+    certain = torch.zeros_like(sizes, dtype=torch.bool)
+    while True:
+        rest = torch.where(certain, 0.0, sizes)
+        chances = torch.where(certain, 1.0, rest * (expected - certain.sum()) / rest.sum())
+        above = (chances > 1) & ~certain
+        if not bool(above.any()):
+            return chances
+        certain |= above
+
+
 def suffix_logweights(
     current_logprobs_BT: Float[Tensor, "B T"],
     sampling_logprobs_BT: Float[Tensor, "B T"],

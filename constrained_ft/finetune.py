@@ -60,6 +60,7 @@ def update_llm(  # noqa: PLR0913
     display.phase("updating the LLM", config.steps_per_iteration)
     seen: list[dict[str, float]] = []
     parts = _split_rollouts(target, config.steps_per_iteration, seed, iteration)
+    prompts_per_step = target.num_prompts / config.steps_per_iteration
     with llm.training():
         for index, rows_N in enumerate(parts):
             stop.check()
@@ -73,7 +74,7 @@ def update_llm(  # noqa: PLR0913
                 for micro in range(config.gradient_accumulation_steps if config.corpus else 0)
             ]
             optimization.optimizer.zero_grad()
-            losses = backward_of_step(llm, target, rows_N, batches, config)
+            losses = backward_of_step(llm, target, rows_N, batches, config, prompts_per_step)
             _guard(losses, kl_limit, step)
             norm = torch.nn.utils.clip_grad_norm_(
                 llm.trained_parameters().values(), config.max_grad_norm
@@ -99,15 +100,27 @@ def backward_of_step(
     rows_N: Int[Tensor, " N"],
     batches: Sequence[Sequence[Row]],
     config: TrainerConfig,
+    num_prompts: float,
 ) -> dict[str, float]:
-    """Add the gradient of one optimizer step's loss, in as many passes as there are batches."""
-    rollouts = target.labeled.rollouts
-    per_prompt_S = torch.bincount(rollouts.prompt_N)
-    share_N = 1.0 / per_prompt_S[rollouts.prompt_N[rows_N]]
+    """Add the gradient of one optimizer step's loss, in as many passes as there are batches.
+
+    Args:
+        llm: what moves.
+        target: q*.
+        rows_N: the rollouts of this step.
+        batches: corpus rows, one entry a pass.
+        config: the `trainer` section.
+        num_prompts: prompts that the step's rollouts stand for, a part of one counting as a part.
+
+    Returns:
+        Cross-entropy, KL and loss of the step, as in `metrics.METRICS`.
+    """
+    rollouts = target.rollouts
+    share_N = target.share_N[rows_N]
     completion_length = float(rollouts.mask_NT.sum() / len(rollouts.mask_NT))
     tokens, sequences = _corpus_counts(batches, completion_length)
-    # What each position's KL is multiplied by; prompts count by the share of rollouts present.
-    scale = config.kl_weight * sequences / tokens / float(share_N.sum())
+    # What each rollout's KL is multiplied by.
+    scale = config.kl_weight * sequences / tokens / num_prompts
     passes = max(1, len(batches))
     ce_sum, kl_sum = 0.0, 0.0
     for rows in batches:
@@ -115,12 +128,11 @@ def backward_of_step(
     if config.kl_weight > 0:
         for part in torch.arange(len(rows_N), device=rows_N.device).tensor_split(passes):
             if len(part) > 0:
-                kl_sum += _target_backward(llm, target, rows_N[part], share_N[part] * scale)
-    real_tokens = float(rollouts.mask_NT[rows_N].sum())
+                kl_sum += _target_backward(llm, target, rows_N[part], scale)
     return {
         "update/ce": ce_sum / tokens if batches else 0.0,
-        "update/kl": kl_sum / real_tokens,
-        "update/loss": ce_sum / tokens + scale * kl_sum * float(share_N.mean()),
+        "update/kl": kl_sum / num_prompts / completion_length,
+        "update/loss": ce_sum / tokens + scale * kl_sum,
     }
 
 
@@ -149,26 +161,26 @@ def _corpus_backward(llm: LLM, rows: Sequence[Row], scale: float) -> float:
 
     def losses(chunk_MD: Tensor, places_M: Tensor) -> tuple[Tensor, Tensor]:
         ce_M = F.cross_entropy(llm.head(chunk_MD), next_M[places_M], reduction="none")
-        return (ce_M * scale).sum(), ce_M.detach().sum()
+        return ce_M.sum() * scale, ce_M.detach().sum()
 
     with llm.head.fast_products():
         return _backward_in_chunks(hidden_MD, losses)
 
 
 def _target_backward(
-    llm: LLM, target: Target, rows_N: Int[Tensor, " N"], scale_N: Float[Tensor, " N"]
+    llm: LLM, target: Target, rows_N: Int[Tensor, " N"], scale: float
 ) -> float:
-    """Backward of sum scale w KL; returns the sum of w KL in nats."""
-    rollouts = target.labeled.rollouts
+    """Backward of scale * sum share w KL; returns the sum of share w KL in nats."""
+    rollouts = target.rollouts
     hidden_NTD = completion_hidden_states(llm, rollouts, rows_N)
     places_N, steps_M = rollouts.mask_NT[rows_N, : hidden_NTD.shape[1]].nonzero(as_tuple=True)
     sources_M = rows_N[places_N]
-    weights_M = target.weights_NT[sources_M, steps_M]
+    weights_M = target.weights_NT[sources_M, steps_M] * target.share_N[sources_M]
 
     def losses(chunk_MD: Tensor, places_M: Tensor) -> tuple[Tensor, Tensor]:
         log_q_MV = target.logprobs(sources_M[places_M], steps_M[places_M])
         kl_M = equations.kl_to_target(log_q_MV, llm.head(chunk_MD)) * weights_M[places_M]
-        return (kl_M * scale_N[places_N[places_M]]).sum(), kl_M.detach().sum()
+        return kl_M.sum() * scale, kl_M.detach().sum()
 
     with llm.head.fast_products():
         return _backward_in_chunks(hidden_NTD[places_N, steps_M], losses)
@@ -196,9 +208,9 @@ def _split_rollouts(
     target: Target, steps: int, seed: int, iteration: int
 ) -> Iterator[Int[Tensor, " N"]]:
     """A random part of the rollouts for each step; each step sees many prompts."""
-    count = len(target.labeled.rollouts.prompt_N)
+    count = len(target.rollouts.prompt_N)
     order = torch.randperm(count, generator=generator_for(seed, "update", iteration))
-    return iter(order.to(target.labeled.rollouts.ids_NT.device).tensor_split(steps))
+    return iter(order.to(target.rollouts.ids_NT.device).tensor_split(steps))
 
 
 def _guard(losses: dict[str, float], kl_limit: float, step: int) -> None:

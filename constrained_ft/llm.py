@@ -17,6 +17,7 @@ import peft
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -244,6 +245,10 @@ def load_llm(
     if config.lora is not None:
         with seed_everything(seed):
             peft_model = _with_lora(module, config.lora)
+        for layer in module.modules():
+            if isinstance(layer, BaseTunerLayer):
+                # Autocast sets the precision; PEFT's own cast would go to float32 and back.
+                layer.cast_input_dtype_enabled = not bf16
     module.to(default_device())  # type: ignore[arg-type]  # transformers types `to` loosely
     if config.gradient_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -29,6 +29,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "auxiliary/examples": ("rollouts fitted, replayed ones included", "count"),
     "target/satisfaction": ("mean R(x) over prompts", "share"),
     "target/kl": ("KL(q* || reference) of a completion, mean over prompts: -log R(x)", "nats"),
+    "target/kl_per_token": (
+        "weighted KL(q* || reference) over all rollouts: update/kl before any step",
+        "nats per completion token",
+    ),
     "target/floor": ("mean alpha(x) of the threshold", "share"),
     "target/clipped_weight": ("share of the prefixes' weight lost to clipping", "share"),
     "target/effective_prefixes": ("effective sample size of the prefixes' weights", "share"),

@@ -8,10 +8,8 @@ is prefilled once and its cache repeated for its n completions. Every rollout dr
 numbers, keyed by (seed, purpose, iteration, prompt), so results do not depend on the order of
 batches.
 
-Of the reference, the auxiliary and the target need only its last hidden states: hidden[:, t] predicts
-completion token t. They come from one more forward pass and not from decoding: in bfloat16 a cached
-step and a forward pass differ by 8e-4 nat a token, a third of the KL that is trained on; two forward
-passes differ by 2e-6 (SmolLM2-135M, two CPU cores).
+The last hidden states that decoding computes anyway are kept for the auxiliary: hidden[:, t]
+predicts completion token t.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +27,6 @@ from constrained_ft.llm import LLM, FrozenLLM
 from constrained_ft.progress import Display
 from constrained_ft.scorers import Scorer, score_all
 
-_FORWARD_ROWS = 32  # rollouts in one forward pass
 _BLOCK = 256  # width of the first level of the inverse CDF
 
 Guide = Callable[[Tensor, Tensor], Tensor]
@@ -52,6 +49,17 @@ class Rollouts:
     texts: tuple[str, ...]
     iteration: int
     """Iteration at whose start the sampling LLM stood."""
+
+    def take(self, rows_M: Int[Tensor, " M"]) -> "Rollouts":
+        """Some of the rows."""
+        return replace(
+            self,
+            prompt_N=self.prompt_N[rows_M],
+            ids_NT=self.ids_NT[rows_M],
+            mask_NT=self.mask_NT[rows_M],
+            hidden_NTD=self.hidden_NTD[rows_M],
+            texts=tuple(self.texts[row] for row in rows_M.tolist()),
+        )
 
     @property
     def prompt_texts(self) -> list[str]:
@@ -125,16 +133,6 @@ def sample(  # noqa: PLR0913
             decoded[i] = batch.rows(row * samples_per_prompt, (row + 1) * samples_per_prompt)
         display.advance(len(chunk) * samples_per_prompt)
     return _collect(llm, prompts, [decoded[i] for i in range(len(prompts))], iteration)
-
-
-def with_forward_states(llm: FrozenLLM, rollouts: Rollouts) -> Rollouts:
-    """The same rollouts with the hidden states of a forward pass of `llm`, as training computes them.
-
-    A state that predicts a prompt's first token is the same in all of its rows.
-    """
-    rows_N = torch.arange(len(rollouts.prompt_N), device=llm.device)
-    hidden = [completion_hidden_states(llm, rollouts, rows) for rows in rows_N.split(_FORWARD_ROWS)]
-    return replace(rollouts, hidden_NTD=torch.cat(hidden))
 
 
 def label(rollouts: Rollouts, scorer: Scorer, constraint: ConstraintConfig) -> LabeledRollouts:

@@ -33,7 +33,7 @@ def record_iteration(
 ) -> None:
     """The iteration's rollouts, and what the LLM says to the fixed prompts now."""
     if target.iteration == iteration:
-        _write_rollouts(folder, target.labeled, parts.scorer.version)
+        _write_rollouts(folder, parts.replay[0], parts.scorer.version)
     prompts = _fixed_prompts(parts)
     base = [json.loads(line)["base"] for line in folder.samples_file(0).read_text().splitlines()]
     now = parts.llm.frozen()

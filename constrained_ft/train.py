@@ -4,6 +4,7 @@ Meng et al. 2024, arXiv:2410.05559. What each line means is in the module it cal
 """
 
 import time
+from dataclasses import replace
 
 from constrained_ft import checkpoint, evaluate, metrics
 from constrained_ft.config import Config
@@ -64,7 +65,7 @@ def train(
 
         target = pending.wait()  # nothing is in flight past this line, so it is safe to save
         record_iteration(parts, config, folder, target, iteration)
-        checkpoint.save(folder.checkpoints, iteration, parts, target.head)
+        checkpoint.save(folder.checkpoints, iteration, parts, target.reference)
         row |= {"time/target": learned - started, "time/update": updated - learned}
         row |= {"iteration": iteration, "time/iteration": time.monotonic() - started}
         metrics.append(folder.metrics_file, row)
@@ -102,12 +103,10 @@ def _restore(parts: Parts, config: Config, folder: RunFolder) -> tuple[int, Targ
         parts.display.note(f"checkpoint passed over: {fault}")
     if found is None:
         return 0, None
-    done, head = checkpoint.restore(found, parts)
+    done, reference = checkpoint.restore(found, parts)
     parts.display.note(f"continuing after iteration {done}, from {found.name}")
-    target = build_target(
-        parts.replay[0], parts.auxiliary.frozen(), head, config.constraint, config.trainer
-    )
-    return done, target
+    target = build_target(parts.replay[0], parts.auxiliary.frozen(), reference.head, config)
+    return done, replace(target, reference=reference)
 
 
 def _finish(parts: Parts, config: Config, folder: RunFolder, base: Evaluation) -> list[Evaluation]:
