@@ -116,17 +116,16 @@ def fit_auxiliary(  # noqa: PLR0913
     """
     newest = labeled[0]
     steps = max(part.rollouts.ids_NT.shape[1] for part in labeled)
-    kept, held_out = _split_by_prompt(newest, config, seed)
-    parts = [Examples.of(newest, kept, steps, 1.0)]
-    for old in labeled[1:]:
-        age = newest.rollouts.iteration - old.rollouts.iteration
-        every = torch.arange(len(old.labels_N), device=kept.device)
-        parts.append(Examples.of(old, every, steps, config.replay_weight**age))
-    training = Examples.joined(parts)
-    validation = Examples.of(newest, held_out, steps, 1.0)
+    kept, held_out = [], []
+    for part in labeled:
+        weight = config.replay_weight ** (newest.rollouts.iteration - part.rollouts.iteration)
+        kept_rows, held_out_rows = _split_by_prompt(part, config, seed)
+        kept.append(Examples.of(part, kept_rows, steps, weight))
+        held_out.append(Examples.of(part, held_out_rows, steps, weight))
+    training, validation = Examples.joined(kept), Examples.joined(held_out)
     with seed_everything(seed_for(seed, "fit", newest.rollouts.iteration)):
         epochs = _descend(auxiliary, head, training, validation, config, display, stop)
-    quality = measure(auxiliary.frozen(), head, validation, seed=seed)
+    quality = measure(auxiliary.frozen(), head, held_out[0], seed=seed)
     return quality | {"auxiliary/epochs": float(epochs), "auxiliary/examples": float(len(training))}
 
 
@@ -245,13 +244,20 @@ _NO_HEAD = Head(weight_VD=torch.zeros(0, 0), bias_V=None, bf16_valued=False)
 def _split_by_prompt(
     labeled: LabeledRollouts, config: AuxiliaryConfig, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Rows of training and of held-out prompts: rollouts of one prompt are not independent."""
+    """Rows of training and of held-out prompts: rollouts of one prompt are not independent.
+
+    Which prompts are held out is a matter of the prompt alone, so that replayed rollouts cannot have
+    shown R what it is tested on. At least one prompt is on each side; of a single prompt, one rollout.
+    """
     rollouts = labeled.rollouts
-    prompts = len(rollouts.prompts)
-    count = min(max(1, round(prompts * config.validation_share)), prompts - 1)
-    generator = generator_for(seed, "auxiliary held-out", rollouts.iteration)
-    held_out = torch.randperm(prompts, generator=generator)[:count].to(rollouts.prompt_N.device)
-    is_held_out_N = torch.isin(rollouts.prompt_N, held_out)
+    ranks = [seed_for(seed, "auxiliary held-out", prompt.id) / 2**63 for prompt in rollouts.prompts]
+    if len(ranks) == 1:
+        rows_N = torch.arange(len(rollouts.prompt_N), device=rollouts.prompt_N.device)
+        return rows_N[1:], rows_N[:1]
+    ordered = sorted(ranks)
+    bound = min(max(config.validation_share, ordered[0]), ordered[-2])
+    is_held_out_S = torch.tensor(ranks, dtype=torch.float64) <= bound
+    is_held_out_N = is_held_out_S.to(rollouts.prompt_N.device)[rollouts.prompt_N]
     return (~is_held_out_N).nonzero()[:, 0], is_held_out_N.nonzero()[:, 0]
 
 
