@@ -286,8 +286,8 @@ class TrainerConfig(Section):
     steps_per_iteration: int = Field(gt=0)
     """Optimizer steps of the LLM in one iteration; each rollout is used once."""
     rollouts_per_step: int = Field(gt=0)
-    """Rollouts in one optimizer step. Where an iteration samples more than its steps read, those that
-    carry more KL are read more often and count less each, which leaves the objective as it is."""
+    """Rollouts in one optimizer step. Where an iteration samples more than its steps read, those
+    that carry more KL are read more often and count less each: the objective stays as it is."""
     kl_weight: float = Field(ge=0)
     """lambda. The loss is the corpus cross-entropy per corpus sequence plus lambda times
     KL(q* || LLM) per prompt. Plain text has no prompts: there, as many corpus tokens as a mean

@@ -311,9 +311,9 @@ def accepted_weights(
 def inclusion_chances(sizes: Float[Tensor, " N"], expected: int) -> Float[Tensor, " N"]:
     """Chances with which to keep each of some terms of a sum, so that `expected` are kept.
 
-    A kept term counts 1 / chance times, which leaves the sum unbiased whatever the chances; they are
-    in proportion to a term's size plus the mean size, so that no kept term counts more than about
-    2 N / expected times. Terms whose chance would exceed 1 are always kept.
+    A kept term counts 1 / chance times, which leaves the sum unbiased whatever the chances; they
+    are in proportion to a term's size plus the mean size, so that no kept term counts more than
+    about 2 N / expected times. Terms whose chance would exceed 1 are always kept.
 
     Args:
         sizes: how much each term is expected to matter, at least 0.

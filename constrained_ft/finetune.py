@@ -116,7 +116,6 @@ def backward_of_step(
         Cross-entropy, KL and loss of the step, as in `metrics.METRICS`.
     """
     rollouts = target.rollouts
-    share_N = target.share_N[rows_N]
     completion_length = float(rollouts.mask_NT.sum() / len(rollouts.mask_NT))
     tokens, sequences = _corpus_counts(batches, completion_length)
     # What each rollout's KL is multiplied by.
@@ -167,9 +166,7 @@ def _corpus_backward(llm: LLM, rows: Sequence[Row], scale: float) -> float:
         return _backward_in_chunks(hidden_MD, losses)
 
 
-def _target_backward(
-    llm: LLM, target: Target, rows_N: Int[Tensor, " N"], scale: float
-) -> float:
+def _target_backward(llm: LLM, target: Target, rows_N: Int[Tensor, " N"], scale: float) -> float:
     """Backward of scale * sum share w KL; returns the sum of share w KL in nats."""
     rollouts = target.rollouts
     hidden_NTD = completion_hidden_states(llm, rollouts, rows_N)

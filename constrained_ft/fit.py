@@ -246,8 +246,9 @@ def _split_by_prompt(
 ) -> tuple[Tensor, Tensor]:
     """Rows of training and of held-out prompts: rollouts of one prompt are not independent.
 
-    Which prompts are held out is a matter of the prompt alone, so that replayed rollouts cannot have
-    shown R what it is tested on. At least one prompt is on each side; of a single prompt, one rollout.
+    Which prompts are held out is a matter of the prompt alone, so that replayed rollouts cannot
+    have shown R what it is tested on. At least one prompt is on each side; of a single prompt, one
+    rollout.
     """
     rollouts = labeled.rollouts
     ranks = [seed_for(seed, "auxiliary held-out", prompt.id) / 2**63 for prompt in rollouts.prompts]

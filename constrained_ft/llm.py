@@ -248,7 +248,7 @@ def load_llm(
         for layer in module.modules():
             if isinstance(layer, BaseTunerLayer):
                 # Autocast sets the precision; PEFT's own cast would go to float32 and back.
-                layer.cast_input_dtype_enabled = not bf16
+                layer.cast_input_dtype_enabled = not bf16  # type: ignore[assignment]  # a bool
     module.to(default_device())  # type: ignore[arg-type]  # transformers types `to` loosely
     if config.gradient_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

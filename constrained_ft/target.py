@@ -33,7 +33,6 @@ from constrained_ft.rollouts import (
     sample,
 )
 
-
 _FORWARD_ROWS = 32  # rollouts in one forward pass
 _CHUNK_ROWS = 512  # prefixes whose logits exist at once
 
@@ -167,8 +166,8 @@ def build_target(
     """q* from labelled rollouts of the reference and R fitted to them.
 
     Where there are more rollouts than the update reads, each is read with a chance in proportion to
-    the KL that it carries, and counts for as many more (Horvitz-Thompson): the expected loss is that
-    of all rollouts, and little time goes to text that the constraint has nothing to say about.
+    the KL that it carries, and counts for as many more (Horvitz-Thompson): the expected loss is
+    that of all rollouts, and little time goes to text that the constraint has nothing to say about.
 
     Args:
         labeled: all rollouts of one iteration.
@@ -257,9 +256,7 @@ def _some_rollouts(
     return replace(
         target,
         rollouts=target.rollouts.take(rows_M),
-        reference=replace(
-            target.reference, hidden_NTD=target.reference.hidden_NTD[rows_M]
-        ),
+        reference=replace(target.reference, hidden_NTD=target.reference.hidden_NTD[rows_M]),
         factors_NTR=target.factors_NTR[rows_M],
         offset_NT=target.offset_NT[rows_M],
         floor_N=target.floor_N[rows_M],
