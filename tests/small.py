@@ -1,0 +1,139 @@
+"""Small runs for tests: the smoke experiment cut down, and models of which everything is known."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from constrained_ft.compose import compose
+from constrained_ft.config import Config, LoraConfig
+from constrained_ft.data import Corpus, CorpusStats, Prompt, Prompts, Row
+from constrained_ft.distributed import StopRequest
+from constrained_ft.llm import LLM, load_llm
+from constrained_ft.optimization import build_optimization
+from constrained_ft.parts import Parts, build_auxiliary, build_parts
+from constrained_ft.progress import Silent
+from constrained_ft.run_folder import RunFolder
+from constrained_ft.scorers import build_scorer
+from constrained_ft.tabular import table_llm
+from constrained_ft.tiny import byte_tokenizer
+from constrained_ft.train import train
+
+SMALL = (
+    "experiment=smoke",
+    "prompts.prompts_per_iteration=10",
+    "prompts.samples_per_prompt=4",
+    "prompts.max_new_tokens=8",
+    "auxiliary.max_epochs=2",
+    "trainer.iterations=3",
+    "trainer.steps_per_iteration=2",
+    "trainer.warmup_steps=1",
+    "evaluation.max_prompts=4",
+    "evaluation.samples_per_prompt=2",
+    "evaluation.max_validation_rows=4",
+)
+LORA = LoraConfig(r=4, alpha=8.0, dropout=0.0, target_modules="all-linear")
+SHAPES = ["llama", "gpt2", "qwen2"]
+
+
+def small_config(*overrides: str, lora: bool = False) -> Config:
+    config = compose([*SMALL, *overrides])
+    llm = config.llm.model_copy(update={"lora": LORA if lora else None})
+    return config.model_copy(update={"llm": llm})
+
+
+def small_parts(config: Config) -> Parts:
+    return build_parts(config, Silent(), StopRequest())
+
+
+def run(config: Config, path: Path) -> RunFolder:
+    """A run from its start to its end."""
+    folder = RunFolder(path).start(config, ["cft", "train"])
+    train(config, folder, Silent(), StopRequest())
+    folder.close()
+    return folder
+
+
+def tiny_llm(shape: str = "llama", *, lora: bool = False, sharpness: float = 1.0) -> LLM:
+    """A tiny model; `sharpness` multiplies its logits, which are nearly uniform otherwise."""
+    config = small_config(f"llm.model_name_or_path=tiny:{shape}", lora=lora).llm
+    llm = load_llm(config, byte_tokenizer(), precision="fp32", seed=1)
+    with torch.no_grad():
+        llm.head.weight_VD.mul_(sharpness)
+    return llm
+
+
+def prompt(text: str) -> Prompt:
+    ids = byte_tokenizer()(text)["input_ids"]
+    return Prompt(id=text, text=text, group="prompts", token_ids=tuple(ids))
+
+
+def corpus_of(rows: Sequence[Row]) -> Corpus:
+    nothing = CorpusStats(
+        rows=len(rows),
+        tokens=0,
+        trained_tokens=0,
+        longest=0,
+        truncated_rows=0,
+        split_documents=0,
+        validation_rows=0,
+    )
+    return Corpus(training=tuple(rows), validation=(), stats=nothing)
+
+
+# Completions of a table: up to two letters; the dot ends them.
+LETTERS = ".abc"
+TABLE = (
+    "llm=tiny",
+    "constraint=letters",
+    "constraint.scorer.letter=c",
+    "constraint.scorer.at_most=0",
+    "data=file",
+    "data.path=none",
+    "prompts=file",
+    "prompts.path=none",
+    "prompts.prompts_per_iteration=32",
+    "prompts.samples_per_prompt=64",
+    "prompts.max_new_tokens=2",
+    "sampler.batch_size=2048",
+    "evaluation.judge=null",
+    "auxiliary=head",
+    "auxiliary.rank=4",
+    "auxiliary.learning_rate=0.02",
+    "auxiliary.batch_size=512",
+    "auxiliary.max_epochs=20",
+    "auxiliary.replay_iterations=0",
+    "trainer.rollouts_per_step=2048",
+    "trainer.max_grad_norm=100",
+)
+
+
+def table_parts(config: Config, rows: Sequence[Row] = ()) -> Parts:
+    """A table with equal prompts and any corpus."""
+    llm = table_llm(LETTERS, 3, config.llm, seed=config.seed)
+    scorer = build_scorer(config.constraint.scorer)
+    prompts = tuple(
+        Prompt(id=str(i), text="", group="prompts", token_ids=(0,))
+        for i in range(config.prompts.prompts_per_iteration)
+    )
+    return Parts(
+        llm=llm,
+        auxiliary=build_auxiliary(config, llm, llm.tokenizer, scorer),
+        optimization=build_optimization(llm, config.trainer),
+        scorer=scorer,
+        judge=None,
+        prompts=Prompts(training=prompts, held_out=()),
+        corpus=corpus_of(rows),
+        display=Silent(),
+        stop=StopRequest(),
+    )
+
+
+def gradients(llm: LLM) -> dict[str, Tensor]:
+    """The gradients since the last call."""
+    found = {}
+    for name, parameter in llm.trained_parameters().items():
+        found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = None
+    return found

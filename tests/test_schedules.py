@@ -1,0 +1,146 @@
+"""Both schedules are one loop: which target an update reads, and that nothing can change it."""
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from small import run, small_config, small_parts
+from torch import Tensor
+
+from constrained_ft import metrics
+from constrained_ft import train as loop
+from constrained_ft.target import Target, learn_target
+from constrained_ft.train import update_llm
+
+NO_UPDATE = {
+    "update/ce": 0.0,
+    "update/kl": 0.0,
+    "update/kl_first": 0.0,
+    "update/loss": 0.0,
+    "update/grad_norm": 0.0,
+    "update/learning_rate": 0.0,
+}
+
+
+class Watch:
+    """What the loop learned and what its updates read, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, updates: bool) -> None:
+        self.learned: list[Target] = []
+        self.used: list[Target] = []
+
+        def learn(*arguments: object) -> Target:
+            self.learned.append(learn_target(*arguments))  # type: ignore[arg-type]
+            return self.learned[-1]
+
+        def update(llm: object, target: Target, *rest: object, **named: object) -> object:
+            self.used.append(target)
+            return update_llm(llm, target, *rest, **named) if updates else NO_UPDATE  # type: ignore[arg-type]
+
+        monkeypatch.setattr(loop, "learn_target", learn)
+        monkeypatch.setattr(loop, "update_llm", update)
+
+    def numbers(self) -> tuple[list[int], list[int]]:
+        """The iterations of the targets learned, and of those read."""
+        return [t.iteration for t in self.learned], [t.iteration for t in self.used]
+
+
+def tensors(value: object) -> list[Tensor]:
+    """All tensors of a dataclass, in the order of its fields."""
+    if isinstance(value, Tensor):
+        return [value]
+    if not is_dataclass(value):
+        return []
+    return [t for field in fields(value) for t in tensors(getattr(value, field.name))]
+
+
+def equal(a: Target, b: Target) -> bool:
+    pairs = zip(tensors(a), tensors(b), strict=True)
+    return a.rollouts.texts == b.rollouts.texts and all(torch.equal(x, y) for x, y in pairs)
+
+
+def test_overlapped_without_updates_is_alternating_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    watched = {}
+    for schedule, reference in [
+        ("alternating", "fresh"),
+        ("overlapped", "matched"),
+        ("overlapped", "fresh"),
+    ]:
+        config = small_config(f"trainer={schedule}", f"trainer.reference={reference}")
+        watch = Watch(monkeypatch, updates=False)
+        run(config, tmp_path / schedule / reference)
+        monkeypatch.undo()
+        watched[schedule, reference] = watch
+    alternating = watched["alternating", "fresh"]
+    assert alternating.numbers() == ([1, 2, 3], [1, 2, 3])
+    for reference in ("matched", "fresh"):
+        overlapped = watched["overlapped", reference]
+        # The update of iteration 1 waits; then each reads the target before; no third is learned.
+        assert overlapped.numbers() == ([1, 2], [1, 1, 2])
+        for ours, theirs in zip(overlapped.learned, alternating.learned, strict=False):
+            assert equal(ours, theirs)
+        for ours in overlapped.used:
+            # The LLM stands still, so a fresh reference is the matched one.
+            assert equal(ours, alternating.used[ours.iteration - 1])
+    used = alternating.used
+    assert not equal(used[0], used[1])
+
+
+def test_the_log_says_how_old_each_target_was(tmp_path: Path) -> None:
+    lags = {}
+    for schedule in ("alternating", "overlapped"):
+        folder = run(small_config(f"trainer={schedule}"), tmp_path / schedule)
+        lags[schedule] = [row["target/lag"] for row in metrics.read(folder.metrics_file)]
+    assert lags == {"alternating": [0, 0, 0], "overlapped": [0, 1, 1]}
+
+
+def test_fitting_r_again_and_moving_the_llm_leave_a_target_as_it_was() -> None:
+    config = small_config()
+    parts = small_parts(config)
+    target = learn_target(parts, config, parts.llm.frozen(), 1)
+    before = [tensor.clone() for tensor in tensors(target)]
+    every = target.rollouts.mask_NT.nonzero(as_tuple=True)
+    log_q = target.logprobs(*every)
+    loop._update(parts, target, config, 1)
+    weights = [parameter.clone() for parameter in parts.auxiliary.parameters()]
+    learn_target(parts, config, parts.llm.frozen(), 2)
+    moved = zip(weights, parts.auxiliary.parameters(), strict=True)
+    assert any(not torch.equal(old, new) for old, new in moved)
+    for old, new in zip(before, tensors(target), strict=True):
+        assert torch.equal(old, new)
+    assert torch.equal(log_q, target.logprobs(*every))
+
+
+@pytest.mark.parametrize("reference", ["fresh", "matched"])
+def test_a_stale_target_gets_the_reference_that_is_asked_for(
+    reference: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config("trainer=overlapped", f"trainer.reference={reference}")
+    parts = small_parts(config)
+    first = learn_target(parts, config, parts.llm.frozen(), 1)
+    loop._update(parts, first, config, 1)
+    now = first.with_reference(parts.llm.frozen())
+    assert not equal(first, now)
+    watch = Watch(monkeypatch, updates=True)
+    assert loop._update(parts, first, config, 2)["target/lag"] == 1
+    assert equal(watch.used[0], now if reference == "fresh" else first)
+
+
+def test_a_fresh_reference_is_the_llm_as_it_stands() -> None:
+    config = small_config("trainer.learning_rate=0.05")
+    parts = small_parts(config)
+    first = learn_target(parts, config, parts.llm.frozen(), 1)
+    loop._update(parts, first, config, 1)
+    fresh = first.with_reference(parts.llm.frozen())
+    rollouts = first.rollouts
+    for row in range(0, len(rollouts.texts), 7):
+        prompt_ids = list(rollouts.prompts[int(rollouts.prompt_N[row])].token_ids)
+        said = rollouts.ids_NT[row][rollouts.mask_NT[row]].tolist()
+        with torch.no_grad():
+            logits = parts.llm.module(torch.tensor([prompt_ids + said])).logits[0]
+        mine = fresh.reference.head(fresh.reference.hidden_NTD[row, : len(said)])
+        expected = logits[len(prompt_ids) - 1 : -1]
+        torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
