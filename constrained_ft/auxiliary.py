@@ -196,7 +196,7 @@ class Auxiliary(nn.Module):
             self.config, torch.zeros_like(self.embeddings_VD[:1]), self.prior_V, seed=0
         )
         copy.load_state_dict(self.state_dict())
-        copy.to(self.prior_V.device).requires_grad_(requires_grad=False)
+        copy.to(self.prior_V.device).requires_grad_(requires_grad=False).eval()
         table = self.table()
         return FrozenAuxiliary(
             copy, TokenTable(tokens_VR=table.tokens_VR.clone(), prior_V=table.prior_V.clone())
@@ -275,7 +275,7 @@ class FrozenAuxiliary:
         no_embeddings = torch.zeros(1, shape["hidden_size"])
         module = Auxiliary(config, no_embeddings, tensors["prior_V"], seed=0)
         module.load_state_dict(tensors)
-        module.to(tokens_VR.device).requires_grad_(requires_grad=False)
+        module.to(tokens_VR.device).requires_grad_(requires_grad=False).eval()
         prior_V = module.prior_gain * module.prior_V + module.drift
         return cls(module, TokenTable(tokens_VR=tokens_VR, prior_V=prior_V))
 
