@@ -361,6 +361,10 @@ def _with_lora(module: PreTrainedModel, lora: LoraConfig) -> peft.PeftModel:
     with warnings.catch_warnings():
         # GPT-2 stores its linear layers transposed; PEFT notices, adapts and says so.
         warnings.filterwarnings("ignore", message="fan_in_fan_out")
+        # PEFT asks transformers for an attribute by its old name.
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+        )
         try:
             return peft.PeftModelForCausalLM(module, settings)
         except ValueError as error:
