@@ -27,24 +27,22 @@ from constrained_ft.progress import Silent
 from constrained_ft.rollouts import LabeledRollouts, label, sample
 from constrained_ft.scorers import score_all
 
-TILT = ["constraint.labels=tilt", "constraint.beta=4"]
+HARD = ["constraint.labels=hard"]
 VARIANTS: dict[str, list[str]] = {
-    "additive": [],
-    "additive, no prior": ["auxiliary.vocabulary_prior=false"],
-    "additive, no consistency": ["auxiliary.consistency_weight=0"],
-    "additive, consistency 0.5": ["auxiliary.consistency_weight=0.5"],
-    "additive, balanced": ["auxiliary.balanced=true", "constraint.labels=hard"],
-    "additive, hard": ["constraint.labels=hard"],
+    "additive": HARD,
+    "additive, no prior": [*HARD, "auxiliary.vocabulary_prior=false"],
+    "additive, consistency 0.1": [*HARD, "auxiliary.consistency_weight=0.1"],
+    "additive, consistency 0.5": [*HARD, "auxiliary.consistency_weight=0.5"],
+    "additive, balanced": [*HARD, "auxiliary.balanced=true"],
+    "additive, rank 16": [*HARD, "auxiliary.rank=16"],
+    "additive, rank 128": [*HARD, "auxiliary.rank=128"],
+    "head": [*HARD, "auxiliary=head"],
+    "transformer": [*HARD, "auxiliary=transformer"],
+    "transformer, no prior": [*HARD, "auxiliary=transformer", "auxiliary.vocabulary_prior=false"],
     "additive, soft": ["constraint.labels=soft"],
-    "additive, tilt 4": TILT,
+    "additive, tilt 4": ["constraint.labels=tilt", "constraint.beta=4"],
     "additive, tilt 8": ["constraint.labels=tilt", "constraint.beta=8"],
-    "additive, rank 16": ["auxiliary.rank=16"],
-    "additive, rank 128": ["auxiliary.rank=128"],
-    "head": ["auxiliary=head"],
-    "head, no prior": ["auxiliary=head", "auxiliary.vocabulary_prior=false"],
-    "transformer": ["auxiliary=transformer"],
-    "transformer, no prior": ["auxiliary=transformer", "auxiliary.vocabulary_prior=false"],
-    "transformer, tilt 4": ["auxiliary=transformer", *TILT],
+    "additive, tilt 16": ["constraint.labels=tilt", "constraint.beta=16"],
 }
 
 
