@@ -60,12 +60,14 @@ def train(
         if alternating or target is None:
             target = pending.wait()
 
-        row = target.metrics | _update(parts, target, config, iteration)
+        row = _update(parts, target, config, iteration)
         updated = time.monotonic()
 
         target = pending.wait()  # nothing is in flight past this line, so it is safe to save
         record_iteration(parts, config, folder, target, iteration)
         checkpoint.save(folder.checkpoints, iteration, parts, target.reference)
+        if target.iteration == iteration:  # the last overlapped iteration learns none
+            row |= target.metrics
         row |= {"time/target": learned - started, "time/update": updated - learned}
         row |= {"iteration": iteration, "time/iteration": time.monotonic() - started}
         metrics.append(folder.metrics_file, row)

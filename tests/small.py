@@ -29,8 +29,9 @@ SMALL = (
     "trainer.iterations=3",
     "trainer.steps_per_iteration=2",
     "trainer.warmup_steps=1",
-    "evaluation.max_prompts=4",
-    "evaluation.samples_per_prompt=2",
+    "trainer.lr_scheduler=cosine",
+    "evaluation.max_prompts=10",
+    "evaluation.samples_per_prompt=4",
     "evaluation.max_validation_rows=4",
 )
 LORA = LoraConfig(r=4, alpha=8.0, dropout=0.0, target_modules="all-linear")
@@ -89,6 +90,7 @@ TABLE = (
     "constraint=letters",
     "constraint.scorer.letter=c",
     "constraint.scorer.at_most=0",
+    "constraint.labels=hard",
     "data=file",
     "data.path=none",
     "prompts=file",
@@ -106,6 +108,7 @@ TABLE = (
     "auxiliary.replay_iterations=0",
     "trainer.rollouts_per_step=2048",
     "trainer.max_grad_norm=100",
+    "trainer.lr_scheduler=cosine",
 )
 
 
