@@ -76,7 +76,16 @@ class TokenTable:
         self, factors_NTR: Float[Tensor, "N T R"], ids_NT: Int[Tensor, "N T"]
     ) -> Float[Tensor, "N T"]:
         """The evidence term of the given tokens, in logits."""
-        return (factors_NTR * self.tokens_VR[ids_NT]).sum(-1) + self.prior_V[ids_NT]
+        tokens_NTR = F.embedding(ids_NT, self.tokens_VR)
+        return (factors_NTR * tokens_NTR).sum(-1) + self.prior_of(ids_NT)
+
+    def prior_of(self, ids_NT: Int[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+        """The prior of the given tokens.
+
+        `F.embedding`, as above: the backward pass of plain indexing adds up the gradients of equal
+        tokens in an order that differs from run to run when there are several threads.
+        """
+        return F.embedding(ids_NT, self.prior_V[:, None])[..., 0]
 
 
 class Auxiliary(nn.Module):
@@ -180,7 +189,7 @@ class Auxiliary(nn.Module):
                 offset_NT = equations.additive_offsets(evidence_NT, mask_NT, root_N)
                 return Evidence(factors_NTR=factors_NTR, offset_NT=offset_NT)
             case "transformer":
-                prior_NT = table.prior_V[ids_NT]
+                prior_NT = table.prior_of(ids_NT)
                 root_N = self.root(hidden_NTD[:, 0])[..., 0]
                 so_far_NT = equations.additive_offsets(prior_NT, mask_NT, root_N)
                 read_NTW = self.reader(hidden_NTD, so_far_NT - root_N[:, None])

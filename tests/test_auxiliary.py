@@ -1,6 +1,7 @@
 """The auxiliary R: what it may look at, what it learns, and how its quality is measured."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,14 @@ def log_loss(frozen: FrozenAuxiliary, labeled: LabeledRollouts) -> float:
     u_NT = logits_of(frozen, labeled)
     labels_NT = labeled.labels_N[:, None].expand_as(u_NT)
     return float(equations.bernoulli_cross_entropy(labels_NT, u_NT).mean())
+
+
+@pytest.fixture
+def several_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 # What it may look at ------------------------------------------------------------------------------
@@ -270,14 +279,18 @@ def test_fitting_leaves_a_frozen_copy_alone() -> None:
     assert not torch.equal(logits_of(auxiliary.frozen(), labeled), before)
 
 
-def test_fitting_is_a_function_of_the_seed() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_fitting_is_a_function_of_the_seed_on_several_threads_too(
+    kind: str, several_threads: None
+) -> None:
     states = []
     for _ in range(2):
-        auxiliary = auxiliary_of("transformer", "max_epochs=2")
-        fit(auxiliary, rollouts_of(32, 4))
+        # Enough numbers in a batch for operations to be split among threads.
+        auxiliary = auxiliary_of(kind, "max_epochs=2", "rank=64", "batch_size=256")
+        fit(auxiliary, rollouts_of(100, 4))
         states.append(auxiliary.state_dict())
     for name, tensor in states[0].items():
-        assert torch.equal(tensor, states[1][name])
+        assert torch.equal(tensor, states[1][name]), name
 
 
 def test_replayed_rollouts_are_fitted_beside_the_newest() -> None:
