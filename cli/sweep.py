@@ -144,8 +144,8 @@ def _run_hydra(overrides: Sequence[str], folder: Path, job: Callable[[Any], None
     ours = {
         "hydra.sweep.dir": assignment("hydra.sweep.dir", str(folder)),
         "hydra.output_subdir": "hydra.output_subdir=null",
-        "hydra/job_logging": "hydra/job_logging=disabled",
-        "hydra/hydra_logging": "hydra/hydra_logging=disabled",
+        "hydra/job_logging": "hydra/job_logging=none",
+        "hydra/hydra_logging": "hydra/hydra_logging=none",
     }
     extra = [text for key, text in ours.items() if _given(overrides, key) is None]
     with _arguments(["cft train", *overrides, *extra, "--multirun"]):
