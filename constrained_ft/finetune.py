@@ -115,9 +115,7 @@ def backward_of_step(
     Returns:
         Cross-entropy, KL and loss of the step, as in `metrics.METRICS`.
     """
-    rollouts = target.rollouts
-    completion_length = float(rollouts.mask_NT.sum() / len(rollouts.mask_NT))
-    tokens, sequences = _corpus_counts(batches, completion_length)
+    tokens, sequences = _corpus_counts(batches, target.completion_length)
     # What each rollout's KL is multiplied by.
     scale = config.kl_weight * sequences / tokens / num_prompts
     passes = max(1, len(batches))
@@ -130,7 +128,7 @@ def backward_of_step(
                 kl_sum += _target_backward(llm, target, rows_N[part], scale)
     return {
         "update/ce": ce_sum / tokens if batches else 0.0,
-        "update/kl": kl_sum / num_prompts / completion_length,
+        "update/kl": kl_sum / num_prompts / target.completion_length,
         "update/loss": ce_sum / tokens + scale * kl_sum,
     }
 

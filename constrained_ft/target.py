@@ -66,6 +66,8 @@ class Target:
     """What each rollout counts for its prompt: 1 / n_x, over its chance of being read."""
     num_prompts: int
     """Prompts that were sampled, S_x, whether or not the update reads a rollout of each."""
+    completion_length: float
+    """Mean tokens of a completion, over all rollouts: those that are read are not typical."""
     metrics: dict[str, float]
 
     @property
@@ -200,6 +202,7 @@ def build_target(
         weights_NT=weights_NT,
         share_N=1.0 / torch.bincount(rollouts.prompt_N)[rollouts.prompt_N],
         num_prompts=len(rollouts.prompts),
+        completion_length=float(rollouts.mask_NT.sum() / len(rollouts.mask_NT)),
         metrics={},
     )
     kl_N = _kl_of_rollouts(whole)

@@ -30,7 +30,7 @@ from constrained_ft.llm import LLM
 from constrained_ft.optimization import build_optimization
 from constrained_ft.parts import Parts
 from constrained_ft.progress import Silent
-from constrained_ft.target import Target, learn_target, states_of
+from constrained_ft.target import Target, build_target, learn_target, states_of
 
 
 def row(ids: Sequence[int], trained_from: int, *, prompted: bool) -> Row:
@@ -249,6 +249,32 @@ def test_without_the_constraint_it_is_plain_fine_tuning() -> None:
             parameter, theirs.trained_parameters()[name], atol=2e-5, rtol=0, msg=name
         )
         assert not torch.equal(parameter, tiny_llm().trained_parameters()[name])
+
+
+def test_reading_some_rollouts_leaves_the_expected_gradient_and_what_lambda_means() -> None:
+    config = compose([*TABLE, "prompts.prompts_per_iteration=16", "prompts.samples_per_prompt=16"])
+    parts = table_parts(config)
+    whole = learn_target(parts, config, parts.llm.frozen(), 1)
+    assert len(whole.rollouts.texts) == 256
+    alone = config.trainer.model_copy(update={"kl_weight": 1.0, "corpus": False})
+    rows = [row((0, 1, 2), 1, prompted=False)]
+
+    def gradient(target: Target) -> Tensor:
+        every = torch.arange(len(target.rollouts.texts))
+        backward_of_step(parts.llm, target, every, [rows], alone, float(target.num_prompts))
+        return gradients(parts.llm)["table.logits.weight"]
+
+    exact, sums = gradient(whole), torch.zeros(())
+    trainer = config.trainer.model_copy(update={"steps_per_iteration": 1, "rollouts_per_step": 64})
+    for seed in range(150):
+        drawn = config.model_copy(update={"trainer": trainer, "seed": seed})
+        some = build_target(
+            parts.replay[0], parts.auxiliary.frozen(), whole.reference.head, drawn
+        ).with_reference(parts.llm.frozen())
+        assert 35 < len(some.rollouts.texts) < 95
+        assert some.completion_length == whole.completion_length
+        sums = sums + gradient(some)
+    torch.testing.assert_close(sums / 150, exact, atol=0.05 * float(exact.abs().max()), rtol=0)
 
 
 def test_at_the_target_nothing_moves(small: tuple[Parts, Target, TrainerConfig]) -> None:
