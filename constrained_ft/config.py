@@ -297,7 +297,8 @@ class TrainerConfig(Section):
     """Train on the corpus. false leaves the KL alone: the LLM moves towards q* and nothing else."""
     reference: Literal["fresh", "matched"]
     """The p inside q* of a stale target. fresh: the LLM at the start of the update. matched: the
-    LLM that the auxiliary was fitted to. They coincide when alternating."""
+    LLM that the auxiliary was fitted to. They coincide when alternating. Where each iteration goes
+    all the way to its target, fresh asks for the same correction twice: use matched there."""
     prefixes: Literal["weighted", "accepted"]
     """Prefixes that carry the KL. weighted: all rollouts, weighted by R(prefix) / R(prompt).
     accepted: by the label over R(prompt)."""
