@@ -168,7 +168,7 @@ def run(config: "Config", folder: "RunFolder") -> None:
     """
     from constrained_ft.cli.display import make_display
 
-    settings.quiet_libraries()
+    settings.prepare_libraries()
     try:
         with (
             make_display(settings.console(), quiet=settings.quiet) as display,

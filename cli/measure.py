@@ -39,7 +39,7 @@ def evaluate(
     """Measure satisfaction, a judge that training never saw, and what became of the language."""
     from constrained_ft.cli.display import make_display
 
-    settings.quiet_libraries()
+    settings.prepare_libraries()
     with make_display(settings.console(), quiet=settings.quiet) as display:
         from constrained_ft.compare import evaluate_command
 
@@ -80,7 +80,7 @@ def generate(
     if (prompt is None) == (prompts is None):
         raise ConfigError("give the prompts either as --prompt TEXT or as --prompts FILE")
     texts = prompt if prompts is None else _read_prompts(prompts)
-    settings.quiet_libraries()
+    settings.prepare_libraries()
     # Standard output is for the completions.
     with make_display(settings.console(stderr=True), quiet=settings.quiet) as display:
         from constrained_ft.generate import generate_command
@@ -107,7 +107,7 @@ def selfcheck() -> None:
     """Verify the mathematics on this machine."""
     from constrained_ft.cli.display import make_display
 
-    settings.quiet_libraries()
+    settings.prepare_libraries()
     with make_display(settings.console(), quiet=settings.quiet) as display:
         from constrained_ft.selfcheck import selfcheck as run_selfcheck
 

@@ -1,5 +1,6 @@
 """What the options before a command say, and the consoles that follow from it."""
 
+import ctypes
 import os
 import sys
 import warnings
@@ -10,6 +11,7 @@ from rich.text import Text
 
 __all__ = ["Settings", "settings"]
 
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt(3)
 _FILE_WIDTH = 160  # a file has no width of its own; tables get room there
 
 
@@ -44,13 +46,16 @@ class Settings:
         }
         return [flag for flag, is_set in given.items() if is_set]
 
-    def quiet_libraries(self) -> None:
-        """Keep other libraries' progress bars and advice out of the display, unless -v is given.
-
-        They read these when they are imported.
-        """
-        if self.verbose or "torch" in sys.modules:
+    def prepare_libraries(self) -> None:
+        """What other libraries read when they are imported: how they use memory, what they say."""
+        if "torch" in sys.modules:
             return
+        _keep_freed_memory()
+        if not self.verbose:
+            self._quiet_libraries()
+
+    def _quiet_libraries(self) -> None:
+        """Keep other libraries' progress bars and advice out of the display."""
         if not sys.warnoptions:  # neither -W nor PYTHONWARNINGS
             # What libraries tell the programmers who use them, such as us.
             warnings.simplefilter("ignore", FutureWarning)
@@ -61,6 +66,21 @@ class Settings:
             "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         }.items():
             os.environ.setdefault(name, value)
+
+
+def _keep_freed_memory() -> None:
+    """Let big tensors reuse the memory of earlier ones, in large pages, where Linux offers that.
+
+    glibc gives every block above 32 MB back to the system, which hands it out again in pages of
+    4 KB, each cleared and mapped anew: on CPUs that takes a quarter of a training step.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large pages
+    try:
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt(_MMAP_THRESHOLD, 2**30)
+        library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    except (OSError, AttributeError):  # another system, another C library
+        return
 
 
 # Filled by the root callback before any command runs; a process has one command line.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from constrained_ft.data import Prompt
 from constrained_ft.errors import CheckpointError
-from constrained_ft.llm import Head
+from constrained_ft.fused import Head
 from constrained_ft.optimization import Optimization
 from constrained_ft.parts import Parts
 from constrained_ft.rollouts import LabeledRollouts, Rollouts

@@ -42,8 +42,9 @@ class LLMConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"]
     """Type of the frozen weights. auto: bfloat16 with LoRA where the device multiplies it fast,
     else float32. Trained weights and adapters are always float32."""
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"]
-    """Attention kernel, as in transformers."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"]
+    """Attention kernel, as in transformers. auto: sdpa on GPUs; on CPUs, where the model takes it,
+    one of this package's own that copies no keys and values."""
     gradient_checkpointing: bool
     """Recompute activations in the backward pass: less memory, more time."""
     lora: LoraConfig | None

@@ -14,25 +14,23 @@ step; dividing by the corpus tokens changes the scale, not the minimiser)
 many tokens as the mean completion has count as one sequence.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from constrained_ft import equations
 from constrained_ft.config import TrainerConfig
-from constrained_ft.data import Corpus, Row, pad_id
+from constrained_ft.data import Corpus, Row
 from constrained_ft.distributed import StopRequest, generator_for
 from constrained_ft.errors import DivergedError
+from constrained_ft.fused import Labels, fused_losses
 from constrained_ft.llm import LLM
 from constrained_ft.optimization import Optimization
+from constrained_ft.packing import Packed, Tree
 from constrained_ft.progress import Display
-from constrained_ft.rollouts import completion_hidden_states, pad_right
+from constrained_ft.rollouts import completion_trees
 from constrained_ft.target import Target
-
-_CHUNK_ROWS = 512  # positions whose logits exist at once
 
 
 def update_llm(  # noqa: PLR0913
@@ -118,14 +116,13 @@ def backward_of_step(
     tokens, sequences = _corpus_counts(batches, target.completion_length)
     # What each rollout's KL is multiplied by.
     scale = config.kl_weight * sequences / tokens / num_prompts
-    passes = max(1, len(batches))
+    passes = batches or [()]
+    used_N = rows_N if config.kl_weight > 0 else rows_N[:0]
     ce_sum, kl_sum = 0.0, 0.0
-    for rows in batches:
-        ce_sum += _corpus_backward(llm, rows, 1.0 / tokens)
-    if config.kl_weight > 0:
-        for part in torch.arange(len(rows_N), device=rows_N.device).tensor_split(passes):
-            if len(part) > 0:
-                kl_sum += _target_backward(llm, target, rows_N[part], scale)
+    for rows, part_N in zip(passes, used_N.tensor_split(len(passes)), strict=True):
+        if rows or len(part_N) > 0:
+            ce, kl = _backward_of_pass(llm, target, part_N, rows, 1.0 / tokens, scale)
+            ce_sum, kl_sum = ce_sum + ce, kl_sum + kl
     return {
         "update/ce": ce_sum / tokens if batches else 0.0,
         "update/kl": kl_sum / num_prompts / target.completion_length,
@@ -145,67 +142,78 @@ def _corpus_counts(
     return (tokens, sequences) if batches else (completion_length, 1.0)
 
 
-def _corpus_backward(llm: LLM, rows: Sequence[Row], scale: float) -> float:
-    """Backward of scale * sum of cross-entropies; returns the unscaled sum in nats."""
-    ids_BL, lengths_B = pad_right(
-        [row.token_ids for row in rows], pad_id(llm.tokenizer), llm.device
-    )
-    trained = [list(row.trained) + [False] * (ids_BL.shape[1] - len(row.trained)) for row in rows]
-    trained_BL = torch.tensor(trained, device=llm.device)
-    # Position j predicts token j + 1.
-    hidden_MD = llm.hidden_states(ids_BL, lengths_B)[:, :-1][trained_BL[:, 1:]]
-    next_M = ids_BL[:, 1:][trained_BL[:, 1:]]
+def _backward_of_pass(
+    llm: LLM,
+    target: Target,
+    rows_N: Int[Tensor, " N"],
+    corpus: Sequence[Row],
+    ce_scale: float,
+    kl_scale: float,
+) -> tuple[float, float]:
+    """Backward of both terms, through the trunk once.
 
-    def losses(chunk_MD: Tensor, places_M: Tensor) -> tuple[Tensor, Tensor]:
-        ce_M = F.cross_entropy(llm.head(chunk_MD), next_M[places_M], reduction="none")
-        return ce_M.sum() * scale, ce_M.detach().sum()
-
-    with llm.head.fast_products():
-        return _backward_in_chunks(hidden_MD, losses)
-
-
-def _target_backward(llm: LLM, target: Target, rows_N: Int[Tensor, " N"], scale: float) -> float:
-    """Backward of scale * sum share w KL; returns the sum of share w KL in nats."""
-    rollouts = target.rollouts
-    hidden_NTD = completion_hidden_states(llm, rollouts, rows_N)
-    places_N, steps_M = rollouts.mask_NT[rows_N, : hidden_NTD.shape[1]].nonzero(as_tuple=True)
-    sources_M = rows_N[places_N]
-    weights_M = target.weights_NT[sources_M, steps_M] * target.share_N[sources_M]
-
-    def losses(chunk_MD: Tensor, places_M: Tensor) -> tuple[Tensor, Tensor]:
-        log_q_MV = target.logprobs(sources_M[places_M], steps_M[places_M])
-        kl_M = equations.kl_to_target(log_q_MV, llm.head(chunk_MD)) * weights_M[places_M]
-        return kl_M.sum() * scale, kl_M.detach().sum()
-
-    with llm.head.fast_products():
-        return _backward_in_chunks(hidden_NTD[places_N, steps_M], losses)
-
-
-def _backward_in_chunks(
-    hidden_MD: Float[Tensor, "M D"], losses: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-) -> float:
-    """Backward through the head a chunk of positions at a time, then once through the trunk.
-
-    The logits of all positions never exist together; the result is exact.
+    Returns:
+        The sum of cross-entropies and the sum of share w KL, unscaled, in nats.
     """
-    leaf_MD = hidden_MD.detach().requires_grad_()
-    total = 0.0
-    places = torch.arange(len(leaf_MD), device=leaf_MD.device)
-    for places_M in places.split(_CHUNK_ROWS):
-        loss, shown = losses(leaf_MD[places_M], places_M)
-        loss.backward()
-        total += float(shown)
-    hidden_MD.backward(leaf_MD.grad)
-    return total
+    rows_N = rows_N.sort().values  # the rows of a prompt are neighbours then
+    trees = completion_trees(target.rollouts, rows_N)
+    packed = llm.pack([*trees, *(Tree(stem=row.token_ids) for row in corpus)])
+    states_SD = llm.packed_states(packed)
+    slots_M, rows_M, steps_M = _kl_places(rows_N, packed)
+    predicting_M, next_M = (
+        part.to(llm.device) for part in _ce_places(corpus, packed.stems[len(trees) :])
+    )
+    # They share no rows: no prefix of a rollout is a prefix of the corpus.
+    kl = fused_losses(states_SD[slots_M], llm.head, tilt=target.tilt(rows_M, steps_M)).loss
+    labels = Labels(next_M=next_M, weights_M=torch.ones(len(next_M), device=llm.device))
+    ce = fused_losses(states_SD[predicting_M], llm.head, labels=labels).loss
+    (kl_scale * kl + ce_scale * ce).backward()  # type: ignore[no-untyped-call]
+    return float(ce.detach()), float(kl.detach())
+
+
+def _kl_places(
+    rows_N: Int[Tensor, " N"], packed: Packed
+) -> tuple[Int[Tensor, " M"], Int[Tensor, " M"], Int[Tensor, " M"]]:
+    """Prefixes that carry the KL: their slots, their rollouts and their steps."""
+    device = rows_N.device
+    lengths_N = torch.tensor([len(path) for path in packed.paths], device=device, dtype=torch.long)
+    steps = [torch.arange(len(path)) for path in packed.paths]
+    return (
+        _joined(packed.paths).to(device),
+        rows_N.repeat_interleave(lengths_N),
+        _joined(steps).to(device),
+    )
+
+
+def _ce_places(
+    corpus: Sequence[Row], stems: Sequence[Int[Tensor, "..."]]
+) -> tuple[Int[Tensor, " M"], Int[Tensor, " M"]]:
+    """Trained tokens of the corpus: the slots that predict them, and the tokens."""
+    # Position j predicts token j + 1.
+    trained = [torch.tensor(row.trained[1:], dtype=torch.bool) for row in corpus]
+    slots = [stem[:-1][chosen] for stem, chosen in zip(stems, trained, strict=True)]
+    following = [
+        torch.tensor(row.token_ids[1:])[chosen] for row, chosen in zip(corpus, trained, strict=True)
+    ]
+    return _joined(slots), _joined(following)
+
+
+def _joined(parts: Sequence[Tensor]) -> Int[Tensor, " M"]:
+    return torch.cat(list(parts)) if parts else torch.zeros(0, dtype=torch.long)
 
 
 def _split_rollouts(
     target: Target, steps: int, seed: int, iteration: int
 ) -> Iterator[Int[Tensor, " N"]]:
-    """A random part of the rollouts for each step; each step sees many prompts."""
-    count = len(target.rollouts.prompt_N)
-    order = torch.randperm(count, generator=generator_for(seed, "update", iteration))
-    return iter(order.to(target.rollouts.ids_NT.device).tensor_split(steps))
+    """A random part of the rollouts for each step; those of a prompt stay together.
+
+    They share the computation of their prompt, and each step sees many prompts.
+    """
+    prompt_N = target.rollouts.prompt_N
+    generator = generator_for(seed, "update", iteration)
+    rank_S = torch.randperm(len(target.rollouts.prompts), generator=generator)
+    order = rank_S.to(prompt_N.device)[prompt_N].argsort(stable=True)
+    return iter(order.tensor_split(steps))
 
 
 def _guard(losses: dict[str, float], kl_limit: float, step: int) -> None:

@@ -28,7 +28,7 @@ from constrained_ft import equations
 from constrained_ft.auxiliary import Auxiliary, FrozenAuxiliary
 from constrained_ft.config import AuxiliaryConfig
 from constrained_ft.distributed import StopRequest, generator_for, seed_everything, seed_for
-from constrained_ft.llm import Head
+from constrained_ft.fused import Head
 from constrained_ft.progress import Display
 from constrained_ft.rollouts import LabeledRollouts
 

@@ -2,24 +2,24 @@
 
 Shape suffixes:  B sequences, L token positions, N rows, D hidden width, V vocabulary.
 
-The trunk (everything below the output head) runs in the trunk's precision; the head always
-multiplies in float32, because KL divergences of 0.01 nat drown in the rounding of bfloat16 logits.
+The trunk (everything below the output head) runs in the trunk's precision; the head is
+`fused.Head`, whose logits are float32 always.
 """
 
+import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,53 +27,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from constrained_ft.attention import GROUPED
 from constrained_ft.config import LLMConfig, LoraConfig
+from constrained_ft.data import pad_id
 from constrained_ft.distributed import default_device, seed_everything
 from constrained_ft.errors import ModelError
+from constrained_ft.fused import Head
+from constrained_ft.packing import Packed, Tree, pack
 from constrained_ft.resources import explain_model_failure, resolve_model
 from constrained_ft.tiny import CONTEXT_LENGTH, byte_tokenizer, tiny_model
 
 TINY = "tiny:"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Head:
-    """The output head: logits = hidden @ weight.T + bias, in float32."""
-
-    weight_VD: Float[Tensor, "V D"]
-    bias_V: Float[Tensor, " V"] | None
-    bf16_valued: bool
-    """Weights and hidden states are bfloat16 numbers: `fast_products` loses nothing forward."""
-
-    def __call__(self, hidden_ND: Float[Tensor, "*N D"]) -> Float[Tensor, "*N V"]:
-        """Next-token logits, float32."""
-        with self.fast_products():
-            return F.linear(hidden_ND.float(), self.weight_VD, self.bias_V)
-
-    @contextmanager
-    def fast_products(self) -> Iterator[None]:
-        """Multiply on bfloat16 units where both factors are bfloat16 numbers anyway.
-
-        Products are summed and returned in float32, so the forward pass is as exact as in float32
-        and twice as fast. Backward passes round the gradient of the logits to 8 bits.
-        """
-        products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at run time
-        before = products.fp32_precision
-        if self.bf16_valued:
-            products.fp32_precision = "bf16"
-        try:
-            yield
-        finally:
-            products.fp32_precision = before
-
-    def frozen(self) -> "Head":
-        """This head as it is now; trained weights are copied, frozen ones shared."""
-
-        def keep(tensor: Tensor) -> Tensor:
-            return tensor.detach().clone() if tensor.requires_grad else tensor
-
-        bias = None if self.bias_V is None else keep(self.bias_V)
-        return replace(self, weight_VD=keep(self.weight_VD), bias_V=bias)
+_ROW_SLOTS = 128  # of a packed row; longer ones spend more on attention than they save
 
 
 class FrozenLLM:
@@ -89,12 +54,38 @@ class FrozenLLM:
         self.head = head
         self.tokenizer = llm.tokenizer
         self.device = llm.device
+        self.bf16 = llm.bf16
 
     @torch.no_grad()
     def trunk(self, **inputs: Any) -> Any:
         """The transformers output of the trunk; keyword arguments as in transformers."""
         with self._llm.autocast():
             return torch.func.functional_call(self._llm.trunk, self._trained, kwargs=inputs)
+
+    def read(
+        self, ids_BL: Int[Tensor, "B L"], mask_BS: Int[Tensor, "B S"], cache: Any = None
+    ) -> tuple[Float[Tensor, "B D"], Any]:
+        """Read tokens behind those that a cache holds.
+
+        Args:
+            ids_BL: the new tokens.
+            mask_BS: 0 at the padding on the left, for all positions so far and the new ones.
+            cache: what was returned for the S - L positions before; None where there are none.
+
+        Returns:
+            The last hidden state of each row's last token, and the model's cache of keys and
+            values, which is the same object with the new positions in it.
+        """
+        keyword = self._llm.cache_keyword
+        positions_BS = (mask_BS.cumsum(-1) - 1).clamp_min(0)
+        output = self.trunk(
+            input_ids=ids_BL,
+            attention_mask=mask_BS,
+            position_ids=positions_BS[:, -ids_BL.shape[1] :],
+            use_cache=True,
+            **{keyword: cache},
+        )
+        return output.last_hidden_state[:, -1], output[keyword]
 
     def hidden_states(
         self, ids_BL: Int[Tensor, "B L"], lengths_B: Int[Tensor, " B"]
@@ -103,6 +94,16 @@ class FrozenLLM:
         inputs = right_padded_inputs(ids_BL, lengths_B)
         hidden: Tensor = self.trunk(**inputs, use_cache=False).last_hidden_state
         return hidden
+
+    def pack(self, trees: Sequence[Tree]) -> Packed:
+        """Lay trees out as this model takes them."""
+        return self._llm.pack(trees)
+
+    def packed_states(self, packed: Packed) -> Float[Tensor, "S D"]:
+        """Last hidden states of every slot of a packed batch."""
+        inputs = self._llm.packed_inputs(packed)
+        hidden_BLD: Tensor = self.trunk(**inputs, use_cache=False).last_hidden_state
+        return hidden_BLD.flatten(0, 1)
 
 
 class LLM:
@@ -124,9 +125,13 @@ class LLM:
         self._peft_model = peft_model
         self._bf16 = bf16
         self.trunk: nn.Module = module.base_model
+        # Renamed in transformers 5.24, model by model.
+        takes = inspect.signature(self.trunk.forward).parameters
+        self.cache_keyword = "cache" if "cache" in takes else "past_key_values"
         self._head = _head_of(module)
         self.module.eval()
         _check_head(self)
+        self._packs = _can_pack(self)
 
     @property
     def head(self) -> Head:
@@ -161,6 +166,33 @@ class LLM:
             inputs = right_padded_inputs(ids_BL, lengths_B)
             hidden: Tensor = self.trunk(**inputs, use_cache=False).last_hidden_state
         return hidden
+
+    def pack(self, trees: Sequence[Tree]) -> Packed:
+        """Lay trees out: side by side where the model can keep them apart, else a row for each."""
+        return pack(trees, _ROW_SLOTS, pad_id(self.tokenizer), apart=not self._packs)
+
+    def packed_inputs(self, packed: Packed) -> dict[str, Tensor]:
+        """Token ids, attention mask and positions of a packed batch."""
+        if not self._packs:
+            return right_padded_inputs(
+                packed.ids_BL.to(self.device), packed.lengths_B.to(self.device)
+            )
+        mask = packed.mask_B1LL.to(self.device)
+        if self.module.config._attn_implementation != "sdpa":
+            lowest = torch.finfo(torch.float32).min
+            mask = torch.zeros(mask.shape, device=self.device).masked_fill_(~mask, lowest)
+        return {
+            "input_ids": packed.ids_BL.to(self.device),
+            "attention_mask": mask,
+            "position_ids": packed.position_BL.to(self.device),
+        }
+
+    def packed_states(self, packed: Packed) -> Float[Tensor, "S D"]:
+        """Last hidden states of every slot of a packed batch, with gradients."""
+        with self.autocast():
+            inputs = self.packed_inputs(packed)
+            hidden_BLD: Tensor = self.trunk(**inputs, use_cache=False).last_hidden_state
+        return hidden_BLD.flatten(0, 1)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """What the optimizer moves, by name."""
@@ -263,7 +295,7 @@ def plain_config(reference: str) -> LLMConfig:
         model_name_or_path=reference,
         revision=None,
         dtype="auto",
-        attn_implementation="sdpa",
+        attn_implementation="auto",
         gradient_checkpointing=False,
         lora=None,
     )
@@ -337,11 +369,25 @@ def _load_module(config: LLMConfig, dtype: torch.dtype) -> PreTrainedModel:
             resolve_model(reference, config.revision),
             revision=config.revision,
             dtype=dtype,
-            attn_implementation=config.attn_implementation,
+            attn_implementation=_attention(config),
         )
     except (OSError, ValueError) as error:
         raise explain_model_failure(reference, error) from error
     return module
+
+
+def _attention(config: LLMConfig) -> str:
+    """The attention kernel: what is asked for, or the fastest that the architecture takes."""
+    if config.attn_implementation != "auto":
+        return config.attn_implementation
+    source = resolve_model(config.model_name_or_path, config.revision)
+    found = AutoConfig.from_pretrained(source, revision=config.revision)
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(found), None)
+    if default_device().type == "cpu" and getattr(
+        architecture, "_supports_attention_backend", False
+    ):
+        return GROUPED
+    return "sdpa" if getattr(architecture, "_supports_sdpa", False) else "eager"
 
 
 def _require_lora(config: LLMConfig) -> LoraConfig:
@@ -401,3 +447,27 @@ def _check_head(llm: LLM) -> None:
             f"{type(llm.module).__name__} transforms its logits after the output head (relative "
             f"difference {gap:.2g}), which is not supported; use a model with a plain linear head"
         )
+
+
+@torch.no_grad()
+def _can_pack(llm: LLM) -> bool:
+    """Whether the model keeps the sequences of one row apart, tried out on a few tokens."""
+    if getattr(llm.module.config.get_text_config(), "sliding_window", None) is not None:
+        return False  # the mask of a packed batch lets a token read its whole sequence
+    vocabulary = torch.arange(len(llm.head.weight_VD)).remainder(97).tolist()
+    first, second = vocabulary[1:8], vocabulary[3:12]
+    trees = [
+        Tree(stem=tuple(first), branches=(tuple(second[:4]), tuple(second[4:]))),
+        Tree(stem=tuple(second), branches=(tuple(first),)),
+    ]
+    llm._packs = True
+    try:
+        packed = llm.pack(trees)
+        together = llm.packed_states(packed)[torch.cat(packed.paths)]
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return False  # flash attention, for one, takes no such mask
+    llm._packs = False
+    packed = llm.pack(trees)
+    apart = llm.packed_states(packed)[torch.cat(packed.paths)]
+    gap = (together - apart).abs().max() / apart.abs().max().clamp_min(1e-6)
+    return bool(gap < (0.05 if llm.bf16 else 1e-3))

@@ -21,7 +21,11 @@ def estimate_memory(llm: LLM, config: Config) -> int:
     # The auxiliary keeps its own float32 embeddings.
     auxiliary = 4 * size * (width + 2 * config.auxiliary.rank)
     text = llm.module.config.get_text_config()
-    tokens = config.trainer.per_device_train_batch_size * config.data.max_length
+    trainer = config.trainer
+    # One pass holds corpus rows and completions, with a prompt of about the same length each.
+    completions = -(-trainer.rollouts_per_step // trainer.gradient_accumulation_steps)
+    tokens = trainer.per_device_train_batch_size * config.data.max_length
+    tokens += completions * 2 * config.prompts.max_new_tokens
     per_token = 34 * text.hidden_size * (2 if llm.bf16 else 4)
     layers = 1 if config.llm.gradient_checkpointing else text.num_hidden_layers
     activations = tokens * per_token * layers

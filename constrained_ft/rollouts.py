@@ -14,16 +14,19 @@ predicts completion token t.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from constrained_ft import equations
+from constrained_ft.attention import grow_in_place
 from constrained_ft.config import ConstraintConfig
 from constrained_ft.data import Prompt, pad_id
 from constrained_ft.distributed import StopRequest, generator_for
-from constrained_ft.llm import LLM, FrozenLLM
+from constrained_ft.llm import FrozenLLM
+from constrained_ft.packing import Tree
 from constrained_ft.progress import Display
 from constrained_ft.scorers import Scorer, score_all
 
@@ -164,27 +167,33 @@ def _labels(
             return equations.tilt_labels(scores_N, constraint.beta)
 
 
+def completion_trees(rollouts: Rollouts, rows_M: Int[Tensor, " M"]) -> list[Tree]:
+    """A tree for each prompt of some rows; the rows of a prompt have to be neighbours."""
+    branches: dict[int, list[tuple[int, ...]]] = {}
+    ids, lengths = rollouts.ids_NT.tolist(), rollouts.mask_NT.sum(-1).tolist()
+    prompts = rollouts.prompt_N.tolist()
+    for row in rows_M.tolist():
+        # The last token predicts nothing.
+        branches.setdefault(prompts[row], []).append(tuple(ids[row][: max(lengths[row] - 1, 0)]))
+    return [
+        Tree(stem=rollouts.prompts[prompt].token_ids, branches=tuple(completions))
+        for prompt, completions in branches.items()
+    ]
+
+
 def completion_hidden_states(
-    llm: LLM | FrozenLLM, rollouts: Rollouts, rows: Int[Tensor, " N"]
+    llm: FrozenLLM, rollouts: Rollouts, rows: Int[Tensor, " N"]
 ) -> Float[Tensor, "N T D"]:
     """The hidden states of `llm` that predict each completion token of some rows.
 
-    One right-padded forward pass; positions past a completion's end hold arbitrary values.
+    One forward pass; positions past a completion's end hold arbitrary values. The rows of a prompt
+    have to be neighbours.
     """
-    sequences: list[list[int]] = []
-    first: list[int] = []
-    for row in rows.tolist():
-        prompt_ids = list(rollouts.prompts[int(rollouts.prompt_N[row])].token_ids)
-        length = int(rollouts.mask_NT[row].sum())
-        # The last token predicts nothing.
-        sequences.append(prompt_ids + rollouts.ids_NT[row, : max(length - 1, 0)].tolist())
-        first.append(len(prompt_ids) - 1)
-    ids_NL, lengths_N = pad_right(sequences, pad_id(llm.tokenizer), llm.device)
-    hidden_NLD = llm.hidden_states(ids_NL, lengths_N)
-    steps_T = torch.arange(rollouts.ids_NT.shape[1], device=llm.device)
-    index_NT = torch.tensor(first, device=llm.device)[:, None] + steps_T[None, :]
-    index_NT = index_NT.clamp_max(hidden_NLD.shape[1] - 1)
-    return hidden_NLD.gather(1, index_NT[..., None].expand(-1, -1, hidden_NLD.shape[-1]))
+    packed = llm.pack(completion_trees(rollouts, rows))
+    slots_NT = torch.nn.utils.rnn.pad_sequence(list(packed.paths), batch_first=True)
+    missing = rollouts.ids_NT.shape[1] - slots_NT.shape[1]
+    slots_NT = torch.nn.functional.pad(slots_NT, (0, missing))
+    return llm.packed_states(packed)[slots_NT.to(llm.device)]
 
 
 def pad_right(
@@ -208,7 +217,9 @@ def inverse_cdf(
     rows, size = probs_BV.shape
     padding = -size % _BLOCK
     blocks_BKC = torch.nn.functional.pad(probs_BV, (0, padding)).view(rows, -1, _BLOCK)
-    mass_BK = blocks_BKC.sum(-1, dtype=torch.float64)
+    # Summed as they are, then converted: a copy of all outcomes in float64 takes longer than the
+    # draw. Both levels use these sums, so their rounding moves probability by 1e-7 and loses none.
+    mass_BK = blocks_BKC.sum(-1).double()
     cumulative_BK = mass_BK.cumsum(-1)
     point_B1 = uniforms_B[:, None].double() * cumulative_BK[:, -1:]
     block_B1 = torch.searchsorted(cumulative_BK, point_B1, right=True)
@@ -269,14 +280,7 @@ def _decode(
         if step == steps - 1 or not bool(alive_B.any()):
             break
         mask_BL = torch.cat([mask_BL, mask_BL.new_ones(rows, 1)], 1)
-        output = llm.trunk(
-            input_ids=token_B[:, None],
-            attention_mask=mask_BL,
-            position_ids=mask_BL.sum(-1, keepdim=True) - 1,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        hidden_BD = output.last_hidden_state[:, -1]
+        hidden_BD, cache = llm.read(token_B[:, None], mask_BL, cache)
     return _Decoded(
         ids_BT=torch.stack(ids, 1),
         mask_BT=torch.stack(masks, 1),
@@ -284,9 +288,7 @@ def _decode(
     )
 
 
-def _prefill(
-    llm: FrozenLLM, prompts: Sequence[Prompt], repeats: int
-) -> tuple[Tensor, object, Tensor]:
+def _prefill(llm: FrozenLLM, prompts: Sequence[Prompt], repeats: int) -> tuple[Tensor, Any, Tensor]:
     """The hidden states that predict the first tokens, the cache, and the mask, all repeated."""
     longest = max(len(prompt.token_ids) for prompt in prompts)
     pad = pad_id(llm.tokenizer)
@@ -296,15 +298,9 @@ def _prefill(
         ids.append([pad] * missing + list(prompt.token_ids))
         masks.append([0] * missing + [1] * len(prompt.token_ids))
     mask_SL = torch.tensor(masks, device=llm.device)
-    output = llm.trunk(
-        input_ids=torch.tensor(ids, device=llm.device),
-        attention_mask=mask_SL,
-        position_ids=(mask_SL.cumsum(-1) - 1).clamp_min(0),
-        use_cache=True,
-    )
-    cache = output.past_key_values
+    hidden_SD, cache = llm.read(torch.tensor(ids, device=llm.device), mask_SL)
+    grow_in_place(cache)
     cache.batch_repeat_interleave(repeats)
-    hidden_SD = output.last_hidden_state[:, -1]
     return (
         hidden_SD.repeat_interleave(repeats, 0),
         cache,

@@ -18,11 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from constrained_ft import equations
-from constrained_ft.auxiliary import Evidence, FrozenAuxiliary, TokenTable
+from constrained_ft.auxiliary import LOGIT_LIMIT, Evidence, FrozenAuxiliary, TokenTable
 from constrained_ft.config import Config, TrainerConfig
 from constrained_ft.distributed import StopRequest, generator_for
 from constrained_ft.fit import fit_auxiliary
-from constrained_ft.llm import FrozenLLM, Head
+from constrained_ft.fused import Head, Tilt, fused_losses
+from constrained_ft.llm import FrozenLLM
 from constrained_ft.parts import Parts
 from constrained_ft.progress import Display
 from constrained_ft.rollouts import (
@@ -34,7 +35,6 @@ from constrained_ft.rollouts import (
 )
 
 _FORWARD_ROWS = 32  # rollouts in one forward pass
-_CHUNK_ROWS = 512  # prefixes whose logits exist at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +75,19 @@ class Target:
         """The iteration at whose start it was learned."""
         return self.rollouts.iteration
 
-    def logprobs(
-        self, rows_M: Int[Tensor, " M"], steps_M: Int[Tensor, " M"]
-    ) -> Float[Tensor, "M V"]:
-        """log q*(v | prefix) at some positions, in nats."""
-        return equations.target_logprobs(
-            self.reference.head(self.reference.hidden_NTD[rows_M, steps_M]),
-            self.table.logits(self.factors_NTR[rows_M, steps_M], self.offset_NT[rows_M, steps_M]),
-            # The number 0 spares a pass over the vocabulary.
-            self.floor_N[rows_M] if self.has_floor else 0.0,
+    def tilt(self, rows_M: Int[Tensor, " M"], steps_M: Int[Tensor, " M"]) -> Tilt:
+        """What makes q*(v | prefix) at some positions, each weighing share_N w(h)."""
+        return Tilt(
+            hidden_MD=self.reference.hidden_NTD[rows_M, steps_M],
+            head=self.reference.head,
+            factors_MR=self.factors_NTR[rows_M, steps_M],
+            offset_M=self.offset_NT[rows_M, steps_M],
+            tokens_VR=self.table.tokens_VR,
+            prior_V=self.table.prior_V,
+            limit=LOGIT_LIMIT,
+            # None spares a pass over the vocabulary.
+            floor_M=self.floor_N[rows_M] if self.has_floor else None,
+            weights_M=self.weights_NT[rows_M, steps_M] * self.share_N[rows_M],
         )
 
     def with_reference(self, reference: FrozenLLM) -> "Target":
@@ -92,11 +96,7 @@ class Target:
 
 
 def states_of(llm: FrozenLLM, rollouts: Rollouts) -> Reference:
-    """A reference from a forward pass, the arithmetic that the update's own passes use.
-
-    In bfloat16 the states that decoding leaves differ from it by 8e-4 nat a token, a third of the
-    KL that is trained on; two forward passes differ by 2e-6 (SmolLM2-135M, two CPU cores).
-    """
+    """A reference from a forward pass, the arithmetic that the update's own passes use."""
     rows_N = torch.arange(len(rollouts.prompt_N), device=llm.device)
     hidden = [completion_hidden_states(llm, rollouts, rows) for rows in rows_N.split(_FORWARD_ROWS)]
     return Reference(hidden_NTD=torch.cat(hidden), head=llm.head)
@@ -111,7 +111,11 @@ def learn_target(parts: Parts, config: Config, reference: FrozenLLM, iteration: 
     """
     labeled, metrics = learn_auxiliary(parts, config, reference, iteration)
     target = build_target(labeled, parts.auxiliary.frozen(), reference.head, config)
-    target = target.with_reference(reference)
+    if reference.bf16:
+        # In bfloat16 the states that decoding leaves differ from those of a forward pass by 8e-4
+        # nat a token, a third of the KL that is trained on; two forward passes differ by 2e-6
+        # (SmolLM2-135M, two CPU cores). In float32 decoding is as exact.
+        target = target.with_reference(reference)
     return replace(target, metrics=target.metrics | metrics)
 
 
@@ -244,13 +248,12 @@ def _prefix_weights(
 
 def _kl_of_rollouts(target: Target) -> Float[Tensor, " N"]:
     """sum over prefixes of w KL(q* || reference) of each rollout, in nats."""
-    rows, steps = target.rollouts.mask_NT.nonzero(as_tuple=True)
-    kl_N = torch.zeros(len(target.share_N), device=rows.device)
-    for rows_M, steps_M in zip(rows.split(_CHUNK_ROWS), steps.split(_CHUNK_ROWS), strict=True):
-        reference_MV = target.reference.head(target.reference.hidden_NTD[rows_M, steps_M])
-        kl_M = equations.kl_to_target(target.logprobs(rows_M, steps_M), reference_MV)
-        kl_N.index_add_(0, rows_M, kl_M * target.weights_NT[rows_M, steps_M])
-    return kl_N
+    rows_M, steps_M = target.rollouts.mask_NT.nonzero(as_tuple=True)
+    tilt = target.tilt(rows_M, steps_M)
+    kl_M = fused_losses(tilt.hidden_MD, tilt.head, tilt=tilt).kl_M
+    assert kl_M is not None
+    kl_N = torch.zeros(len(target.share_N), device=rows_M.device)
+    return kl_N.index_add_(0, rows_M, kl_M * target.weights_NT[rows_M, steps_M])
 
 
 def _some_rollouts(

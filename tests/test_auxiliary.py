@@ -19,7 +19,7 @@ from constrained_ft.data import Prompt
 from constrained_ft.distributed import StopRequest
 from constrained_ft.errors import CheckpointError
 from constrained_ft.fit import Examples, area_under_curve, calibration_error, fit_auxiliary, measure
-from constrained_ft.llm import Head
+from constrained_ft.fused import Head
 from constrained_ft.progress import Silent
 from constrained_ft.rollouts import LabeledRollouts, Rollouts
 

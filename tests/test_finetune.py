@@ -19,7 +19,7 @@ from small import (
 from torch import Tensor
 from transformers import get_scheduler
 
-from constrained_ft import finetune
+from constrained_ft import fused
 from constrained_ft.compose import compose
 from constrained_ft.config import TrainerConfig
 from constrained_ft.data import Row
@@ -183,9 +183,9 @@ def test_chunks_of_positions_give_the_dense_gradient(
 ) -> None:
     parts, target, config = small
     rows = text_rows(prompted=False)
-    monkeypatch.setattr(finetune, "_CHUNK_ROWS", 10**6)
+    monkeypatch.setattr(fused, "chunk_rows_for", lambda *_: 10**6)
     dense, numbers = step(parts.llm, target, [rows], config, 12)
-    monkeypatch.setattr(finetune, "_CHUNK_ROWS", 7)
+    monkeypatch.setattr(fused, "chunk_rows_for", lambda *_: 7)
     chunked, same = step(parts.llm, target, [rows], config, 12)
     close(chunked, dense, 1e-5)
     assert same == pytest.approx(numbers, rel=1e-5)

@@ -1,0 +1,328 @@
+"""The LLM update's loss from hidden states, in one exact pass: logits never exist all together.
+
+Shape suffixes:  M rows (prefixes and corpus positions), D hidden width, V vocabulary, R rank.
+
+    row loss = kl_weight * KL(q || p_theta) + ce_weight * (-log p_theta(next))
+    q  ∝  p_ref (floor + (1 - floor) R),   R = sigmoid(offset + factors . tokens + prior)
+
+`equations.target_logprobs` and `equations.kl_to_target` are the definition; here the same numbers
+are computed with four products with the vocabulary (LLM, reference, R, gradient) and three buffers
+of a few hundred rows. The gradient to a row's logits,
+
+    (kl_weight + ce_weight) p_theta - kl_weight q - ce_weight 1[next],
+
+is known as soon as the row is, so the forward pass ends with the gradients to the hidden states
+and the head, and the backward pass multiplies them by a number. The products run on chunks of rows;
+what lies between them runs on blocks of a chunk that stay in a CPU's cache.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_CHUNK_BYTES = 2**27  # of three float32 buffers [rows, V]
+_FEWEST_ROWS = {"cpu": 128, "cuda": 512}  # of a chunk; products with fewer are slow
+_BLOCK_BYTES = 3 * 2**20  # of one buffer between the products, on CPUs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """The output head: logits = hidden @ weight.T + bias, in float32.
+
+    KL divergences of 0.01 nat drown in the rounding of bfloat16 logits.
+    """
+
+    weight_VD: Float[Tensor, "V D"]
+    bias_V: Float[Tensor, " V"] | None
+    bf16_valued: bool
+    """Weights and hidden states are bfloat16 numbers: `fast_products` loses nothing forward."""
+
+    def __call__(self, hidden_ND: Float[Tensor, "*N D"]) -> Float[Tensor, "*N V"]:
+        """Next-token logits, float32."""
+        with self.fast_products():
+            return F.linear(hidden_ND.float(), self.weight_VD, self.bias_V)
+
+    @contextmanager
+    def fast_products(self) -> Iterator[None]:
+        """Multiply on bfloat16 units where both factors are bfloat16 numbers anyway.
+
+        Products are summed and returned in float32, so the forward pass is as exact as in float32
+        and twice as fast. Backward passes round the gradient of the logits to 8 bits.
+        """
+        products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at run time
+        before = products.fp32_precision
+        if self.bf16_valued:
+            products.fp32_precision = "bf16"
+        try:
+            yield
+        finally:
+            products.fp32_precision = before
+
+    def frozen(self) -> "Head":
+        """This head as it is now; trained weights are copied, frozen ones shared."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            return tensor.detach().clone() if tensor.requires_grad else tensor
+
+        bias = None if self.bias_V is None else keep(self.bias_V)
+        return replace(self, weight_VD=keep(self.weight_VD), bias_V=bias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tilt:
+    """What makes q of some rows: the reference's hidden states and head, and R."""
+
+    hidden_MD: Float[Tensor, "M D"]
+    head: Head
+    factors_MR: Float[Tensor, "M R"]
+    offset_M: Float[Tensor, " M"]
+    tokens_VR: Float[Tensor, "V R"]
+    prior_V: Float[Tensor, " V"]
+    limit: float
+    """Logits of R are cut here."""
+    floor_M: Float[Tensor, " M"] | None
+    """alpha of each row; None is 0 everywhere."""
+    weights_M: Float[Tensor, " M"]
+    """kl_weight of each row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """The corpus tokens of some rows."""
+
+    next_M: Int[Tensor, " M"]
+    weights_M: Float[Tensor, " M"]
+    """ce_weight of each row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Of every row, in nats, unweighted."""
+
+    loss: Float[Tensor, ""]
+    """The weighted sum; it alone carries a gradient."""
+    kl_M: Float[Tensor, " M"] | None
+    ce_M: Float[Tensor, " M"] | None
+    log_satisfaction_M: Float[Tensor, " M"] | None
+    """log Rbar: log of the expectation of floor + (1 - floor) R under the reference."""
+
+
+def fused_losses(
+    hidden_MD: Float[Tensor, "M D"],
+    head: Head,
+    *,
+    tilt: Tilt | None = None,
+    labels: Labels | None = None,
+    chunk_rows: int | None = None,
+) -> Losses:
+    """KL to the target and cross-entropy of some rows, with the gradient of their weighted sum.
+
+    Args:
+        hidden_MD: last hidden states of the LLM; float32, or bfloat16 that is multiplied as such.
+        head: the LLM's head; trained where its weight requires a gradient.
+        tilt: q of every row, or None for rows that carry no KL.
+        labels: the next token of every row, or None for rows without cross-entropy.
+        chunk_rows: rows whose logits exist at once; None derives it from a budget in bytes.
+
+    Source: performance of [CFT]'s regulariser; formulas in `equations`.
+    """
+    rows = chunk_rows or chunk_rows_for(len(head.weight_VD), hidden_MD.device)
+    same = tilt is not None and tilt.hidden_MD is hidden_MD and tilt.head is head
+    call = _Call(head=head, tilt=tilt, labels=labels, chunk_rows=rows, same=same)
+    loss, kl_M, ce_M, log_satisfaction_M = _FusedLosses.apply(  # type: ignore[no-untyped-call]
+        hidden_MD, head.weight_VD, head.bias_V, call
+    )
+    return Losses(loss=loss, kl_M=kl_M, ce_M=ce_M, log_satisfaction_M=log_satisfaction_M)
+
+
+def chunk_rows_for(vocabulary: int, device: torch.device) -> int:
+    """Rows whose logits exist at once, from a budget in bytes with a floor."""
+    return max(_CHUNK_BYTES // (12 * vocabulary), _FEWEST_ROWS.get(device.type, 512))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    head: Head
+    tilt: Tilt | None
+    labels: Labels | None
+    chunk_rows: int
+    same: bool
+    """The LLM is the reference: one product serves both."""
+
+
+class _FusedLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, call: _Call
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        wanted = ctx.needs_input_grad
+        work = _Work(hidden_MD, call, wants_gradient=any(wanted[:3]), trains_head=wanted[1])
+        for start in range(0, len(hidden_MD), call.chunk_rows):
+            work.chunk(slice(start, start + call.chunk_rows))
+        ctx.dtype = hidden_MD.dtype
+        ctx.save_for_backward(work.gradient_MD, work.gradient_VD, work.gradient_V)
+        found = (work.kl_M, work.ce_M, work.log_satisfaction_M)
+        ctx.mark_non_differentiable(*(tensor for tensor in found if tensor is not None))
+        ctx.set_materialize_grads(False)
+        return (work.loss(), *found)
+
+    @staticmethod
+    def backward(
+        ctx: Any, *grad_outputs: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        upstream = grad_outputs[0]
+        gradients = [
+            None if gradient is None or upstream is None or not wanted else gradient * upstream
+            for gradient, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
+        ]
+        if gradients[0] is not None:
+            gradients[0] = gradients[0].to(ctx.dtype)
+        return gradients[0], gradients[1], gradients[2], None
+
+
+class _Work:
+    """One call: buffers, results and gradients."""
+
+    def __init__(
+        self, hidden_MD: Tensor, call: _Call, *, wants_gradient: bool, trains_head: bool
+    ) -> None:
+        head, rows = call.head, min(call.chunk_rows, len(hidden_MD))
+        size = len(head.weight_VD)
+        self.hidden_MD, self.call = hidden_MD, call
+        self.wants_gradient = wants_gradient
+
+        def buffer() -> Tensor:
+            return hidden_MD.new_empty(rows, size, dtype=_wide(hidden_MD))
+
+        def result() -> Tensor:
+            return hidden_MD.new_empty(len(hidden_MD), dtype=_wide(hidden_MD))
+
+        self.logits = buffer()
+        self.ce_M = result() if call.labels else None
+        self.kl_M = result() if call.tilt else None
+        self.log_satisfaction_M = result() if call.tilt else None
+        self.target, self.evidence = (buffer(), buffer()) if call.tilt else (None, None)
+        self.gradient_MD = hidden_MD.new_empty(hidden_MD.shape, dtype=_wide(hidden_MD))
+        self.gradient_VD = torch.zeros_like(head.weight_VD) if trains_head else None
+        self.gradient_V = (
+            torch.zeros_like(head.bias_V) if trains_head and head.bias_V is not None else None
+        )
+        excluded = call.tilt is not None and call.tilt.head.bias_V is not None
+        self.excludes = excluded and bool(call.tilt.head.bias_V.isinf().any())  # type: ignore[union-attr]
+
+    def chunk(self, chunk: slice) -> None:
+        """Losses and gradients of some rows."""
+        call, hidden_CD = self.call, self.hidden_MD[chunk]
+        logits_CV = _product(hidden_CD, call.head, self.logits)
+        target_CV = evidence_CV = logits_CV
+        if call.tilt is not None:
+            assert self.target is not None
+            assert self.evidence is not None
+            if call.same:
+                target_CV = self.target[: len(hidden_CD)].copy_(logits_CV)
+            else:
+                target_CV = _product(call.tilt.hidden_MD[chunk], call.tilt.head, self.target)
+            evidence_CV = self.evidence[: len(hidden_CD)]
+            tilt = call.tilt
+            torch.addmm(tilt.prior_V, tilt.factors_MR[chunk], tilt.tokens_VR.T, out=evidence_CV)
+        for block in _blocks(logits_CV):
+            rows = slice(chunk.start + block.start, chunk.start + block.stop)
+            self._block(rows, logits_CV[block], target_CV[block], evidence_CV[block])
+        if self.wants_gradient:
+            with call.head.fast_products():
+                torch.mm(logits_CV, call.head.weight_VD, out=self.gradient_MD[chunk])
+        if self.gradient_VD is not None:
+            self.gradient_VD.addmm_(logits_CV.T, hidden_CD.to(logits_CV.dtype))
+        if self.gradient_V is not None:
+            self.gradient_V += logits_CV.sum(0)
+
+    def _block(self, rows: slice, z: Tensor, t: Tensor, u: Tensor) -> None:
+        """Turn logits `z` of the LLM into the gradient, in place; `t`, `u`: reference and R."""
+        tilt, labels = self.call.tilt, self.call.labels
+        torch.log_softmax(z, -1, out=z)
+        weight_B1 = z.new_zeros(len(z), 1)
+        if labels is not None:
+            assert self.ce_M is not None
+            next_B1 = labels.next_M[rows, None]
+            self.ce_M[rows] = -z.gather(1, next_B1)[:, 0]
+            weight_B1 = weight_B1 + labels.weights_M[rows, None]
+        if tilt is not None:
+            assert self.kl_M is not None
+            assert self.log_satisfaction_M is not None
+            self.log_satisfaction_M[rows] = _tilt(t, u, tilt, rows)
+            torch.exp(t, out=u)  # q
+            t -= z
+            t *= u
+            if self.excludes:
+                t.masked_fill_(u == 0, 0.0)
+            # Rounding can leave a sum of -1e-7.
+            self.kl_M[rows] = t.sum(-1).clamp_(min=0.0)
+            weight_B1 = weight_B1 + tilt.weights_M[rows, None]
+        if not self.wants_gradient:
+            return
+        z.exp_().mul_(weight_B1)
+        if tilt is not None:
+            z.sub_(u.mul_(tilt.weights_M[rows, None]))
+        if labels is not None:
+            z.scatter_add_(1, next_B1, -labels.weights_M[rows, None].to(z.dtype))
+
+    def loss(self) -> Tensor:
+        """The weighted sum of all rows."""
+        total = self.hidden_MD.new_zeros((), dtype=_wide(self.hidden_MD))
+        for losses_M, part in ((self.kl_M, self.call.tilt), (self.ce_M, self.call.labels)):
+            if losses_M is not None and part is not None:
+                # A row of weight 0 counts nothing, whatever its loss.
+                used_M = part.weights_M != 0
+                total = total + (losses_M[used_M] * part.weights_M[used_M]).sum()
+        return total
+
+
+def _tilt(t: Tensor, u: Tensor, tilt: Tilt, rows: slice) -> Tensor:
+    """Turn logits `t` of the reference into log q, in place; returns log Rbar. Uses `u` up."""
+    u += tilt.offset_M[rows, None]
+    u.clamp_(-tilt.limit, tilt.limit).neg_()
+    F.softplus(u, out=u)  # type: ignore[call-arg]  # -log R
+    if tilt.floor_M is not None:
+        floor_B1 = tilt.floor_M[rows, None]
+        torch.logaddexp(floor_B1.log(), torch.log1p(-floor_B1) - u, out=u)
+        u.neg_()
+    before_B = _logsumexp(t)
+    t -= u
+    after_B = _logsumexp(t)
+    t -= after_B[:, None]
+    return (after_B - before_B).clamp_(max=0.0)
+
+
+def _logsumexp(values: Tensor) -> Tensor:
+    """Over the last axis; `torch.logsumexp` takes ten times as long on CPUs."""
+    top_B1 = values.amax(-1, keepdim=True)
+    return (values - top_B1).exp_().sum(-1).log_() + top_B1[:, 0]
+
+
+def _product(hidden_CD: Tensor, head: Head, buffer: Tensor) -> Tensor:
+    """Logits in float32 (float64 for float64), whatever the type of the hidden states."""
+    logits_CV = buffer[: len(hidden_CD)]
+    with head.fast_products():
+        torch.mm(hidden_CD.to(head.weight_VD.dtype), head.weight_VD.T, out=logits_CV)
+    if head.bias_V is not None:
+        logits_CV += head.bias_V
+    return logits_CV
+
+
+def _wide(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def _blocks(chunk_CV: Tensor) -> Iterator[slice]:
+    """Rows between which nothing is shared, few enough to stay in a CPU's cache."""
+    rows = len(chunk_CV)
+    if chunk_CV.device.type == "cpu":
+        rows = max(1, _BLOCK_BYTES // (chunk_CV.shape[1] * chunk_CV.element_size()))
+    for start in range(0, len(chunk_CV), rows):
+        yield slice(start, min(start + rows, len(chunk_CV)))

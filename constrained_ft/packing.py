@@ -1,0 +1,144 @@
+"""Several sequences side by side in one row of a batch, and what they share computed once.
+
+Shape suffixes:  B rows, L slots of a row.
+
+A tree is a stem and branches that continue it: a prompt and its completions. A token reads its own
+stem and its own branch up to itself, at the positions that it would have alone, so a packed batch
+computes what its sequences would, with a few per cent of padding where sequences of different
+length, each in a row of its own, have a third.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+_PADDING, _STEM = -2, -1  # in place of a tree's or a branch's number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tree:
+    """A sequence and its continuations."""
+
+    stem: tuple[int, ...]
+    """Token ids, at least one."""
+    branches: tuple[tuple[int, ...], ...] = ()
+    """Token ids of each continuation, which may be empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """Trees laid out in a batch. A slot is an index into the flattened B x L."""
+
+    ids_BL: Int[Tensor, "B L"]
+    position_BL: Int[Tensor, "B L"]
+    """Place of each token in its own sequence."""
+    mask_B1LL: Bool[Tensor, "B 1 L L"]
+    """Whether the token of the second to last axis reads that of the last."""
+    lengths_B: Int[Tensor, " B"]
+    """Slots in use."""
+    stems: tuple[Int[Tensor, "..."], ...]
+    """Of each tree, the slots of its stem."""
+    paths: tuple[Int[Tensor, "..."], ...]
+    """Of each branch, tree by tree, the slot of its stem's last token and those of its own: what
+    they say predicts the branch and one token more."""
+
+
+def pack(trees: Sequence[Tree], capacity: int, pad: int, *, apart: bool = False) -> Packed:
+    """Lay trees out in rows, the longest first, each in the first row that has room.
+
+    Args:
+        trees: what to lay out.
+        capacity: slots of a row; a longer tree makes all rows as long as itself.
+        pad: token id of slots that nothing uses.
+        apart: each branch behind a copy of its stem, in a row of its own, for models that cannot
+            tell apart the sequences of one row.
+    """
+    pieces = _pieces(trees, apart=apart)
+    room = 0 if apart else max(capacity, *map(len, pieces))
+    rows: list[_Row] = []
+    for piece in sorted(pieces, key=len, reverse=True):
+        row = next((row for row in rows if len(row.ids) + len(piece) <= room), None)
+        if row is None:
+            row = _Row()
+            rows.append(row)
+        row.add(piece)
+    length = max(len(row.ids) for row in rows)
+    tree_BL = _table([row.trees for row in rows], length, _PADDING)
+    branch_BL = _table([row.branches for row in rows], length, _PADDING)
+    position_BL = _table([row.positions for row in rows], length, 0)
+    earlier_BLL = position_BL[:, None, :] <= position_BL[:, :, None]
+    same_BLL = tree_BL[:, None, :] == tree_BL[:, :, None]
+    own_BLL = branch_BL[:, None, :] == branch_BL[:, :, None]
+    mask_BLL = earlier_BLL & same_BLL & (own_BLL | (branch_BL == _STEM)[:, None, :])
+    stems: dict[int, Tensor] = {}
+    paths: dict[int, Tensor] = {}
+    for index, row in enumerate(rows):
+        stems |= {key: slots + index * length for key, slots in row.stems.items()}
+        paths |= {key: slots + index * length for key, slots in row.paths.items()}
+    return Packed(
+        ids_BL=_table([row.ids for row in rows], length, pad),
+        position_BL=position_BL,
+        mask_B1LL=mask_BLL[:, None],
+        lengths_B=torch.tensor([len(row.ids) for row in rows]),
+        stems=tuple(stems[key] for key in sorted(stems)),
+        paths=tuple(paths[key] for key in sorted(paths)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """A stem and some branches that stay together."""
+
+    tree: int
+    stem: tuple[int, ...]
+    branches: dict[int, tuple[int, ...]]
+    """By number, counted over all trees."""
+
+    def __len__(self) -> int:
+        return len(self.stem) + sum(map(len, self.branches.values()))
+
+
+def _pieces(trees: Sequence[Tree], *, apart: bool) -> list[_Piece]:
+    pieces: list[_Piece] = []
+    number = 0
+    for index, tree in enumerate(trees):
+        numbered = dict(enumerate(tree.branches, start=number))
+        number += len(numbered)
+        shares = [{key: ids} for key, ids in numbered.items()] if apart else [numbered]
+        pieces += [_Piece(tree=index, stem=tree.stem, branches=share) for share in shares or [{}]]
+    return pieces
+
+
+class _Row:
+    """A row that is being filled."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.trees: list[int] = []
+        self.branches: list[int] = []
+        self.stems: dict[int, Tensor] = {}
+        self.paths: dict[int, Tensor] = {}
+
+    def add(self, piece: _Piece) -> None:
+        """Put a piece behind the others."""
+        stem = self._append(piece.stem, piece.tree, _STEM, 0)
+        self.stems[piece.tree] = stem
+        for key, ids in piece.branches.items():
+            own = self._append(ids, piece.tree, key, len(piece.stem))
+            self.paths[key] = torch.cat([stem[-1:], own])
+
+    def _append(self, ids: Sequence[int], tree: int, branch: int, position: int) -> Tensor:
+        start = len(self.ids)
+        self.ids += ids
+        self.positions += range(position, position + len(ids))
+        self.trees += [tree] * len(ids)
+        self.branches += [branch] * len(ids)
+        return torch.arange(start, len(self.ids))
+
+
+def _table(rows: Sequence[list[int]], length: int, fill: int) -> Int[Tensor, "B L"]:
+    return torch.tensor([row + [fill] * (length - len(row)) for row in rows])

@@ -1,0 +1,286 @@
+"""The fused loss against the readable equations in float64, which share no code with it."""
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from constrained_ft import equations
+from constrained_ft.fused import Head, Labels, Losses, Tilt, chunk_rows_for, fused_losses
+
+SHAPES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Rows with a target, labels, or both."""
+
+    hidden: Tensor
+    head: Head
+    tilt: Tilt | None
+    labels: Labels | None
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        """The same numbers in another precision."""
+
+        def convert(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(dtype)
+
+        def head(head: Head) -> Head:
+            return replace(head, weight_VD=head.weight_VD.to(dtype), bias_V=convert(head.bias_V))
+
+        tilt, labels = self.tilt, self.labels
+        if tilt is not None:
+            floating = ("hidden_MD", "factors_MR", "offset_M", "tokens_VR", "prior_V", "floor_M")
+            parts = {name: convert(getattr(tilt, name)) for name in (*floating, "weights_M")}
+            tilt = replace(tilt, head=head(tilt.head), **parts)  # type: ignore[arg-type]
+        if labels is not None:
+            labels = replace(labels, weights_M=labels.weights_M.to(dtype))
+        return Case(hidden=self.hidden.to(dtype), head=head(self.head), tilt=tilt, labels=labels)
+
+
+def some_case(seed: int) -> Case:
+    """Any size, any head, any mixture of losses, masked rows, floors and sharp distributions."""
+    g = torch.Generator().manual_seed(seed)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=g))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    def chance(probability: float) -> bool:
+        return float(torch.rand((), generator=g)) < probability
+
+    rows, width, size, rank = number(1, 40), number(1, 24), number(2, 90), number(1, 8)
+    sharpness = 10 ** float(torch.rand((), generator=g) * 1.5 - 0.5)
+
+    def head() -> Head:
+        bias = normal(size) if chance(0.4) else None
+        weight = sharpness * normal(size, width) / math.sqrt(width)
+        return Head(weight_VD=weight, bias_V=bias, bf16_valued=False)
+
+    def weights() -> Tensor:
+        # Some rows are masked.
+        return torch.rand(rows, generator=g).double() * (torch.rand(rows, generator=g) > 0.3)
+
+    kind = number(0, 3)  # 0: cross-entropy alone, 1: KL alone, others: both on the same rows
+    own = head()
+    hidden = normal(rows, width)
+    tilt = labels = None
+    if kind > 0:
+        reference = own if chance(0.5) else head()
+        tilt = Tilt(
+            hidden_MD=hidden + 0.3 * normal(rows, width),
+            head=reference,
+            factors_MR=normal(rows, rank),
+            offset_M=2 * normal(rows),
+            tokens_VR=2 * normal(size, rank),
+            prior_V=normal(size),
+            limit=15.0,
+            floor_M=torch.rand(rows, generator=g).double() if chance(0.3) else None,
+            weights_M=4 * weights(),
+        )
+    if kind != 1:
+        next_M = torch.randint(size, (rows,), generator=g)
+        labels = Labels(next_M=next_M, weights_M=weights())
+    # What float32 can say, so that both precisions are asked the same question.
+    return Case(hidden=hidden, head=own, tilt=tilt, labels=labels).to(torch.float32)
+
+
+def dense(case: Case) -> tuple[Losses, list[Tensor | None]]:
+    """By the equations, and autograd through all logits at once."""
+    case = case.to(torch.float64)
+    leaves = [case.hidden, case.head.weight_VD, case.head.bias_V]
+    leaves = [None if leaf is None else leaf.clone().requires_grad_() for leaf in leaves]
+    hidden, weight, bias = leaves
+    assert hidden is not None
+    assert weight is not None
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    total = logits.sum() * 0
+    kl = ce = log_satisfaction = None
+    if case.tilt is not None:
+        tilt = case.tilt
+        theirs = torch.nn.functional.linear(tilt.hidden_MD, tilt.head.weight_VD, tilt.head.bias_V)
+        u = tilt.factors_MR @ tilt.tokens_VR.T + tilt.prior_V + tilt.offset_M[:, None]
+        u = u.clamp(-tilt.limit, tilt.limit)
+        floor = 0.0 if tilt.floor_M is None else tilt.floor_M
+        kl = equations.kl_to_target(equations.target_logprobs(theirs, u, floor), logits)
+        satisfied, _ = equations.expected_satisfaction_logprobs(theirs, u)
+        log_satisfaction = equations.floored_logprob(satisfied, floor)
+        total = total + (kl * tilt.weights_M).sum()
+    if case.labels is not None:
+        ce = torch.nn.functional.cross_entropy(logits, case.labels.next_M, reduction="none")
+        total = total + (ce * case.labels.weights_M).sum()
+    total.backward()
+    gradients = [None if leaf is None else leaf.grad for leaf in leaves]
+    found = Losses(loss=total, kl_M=kl, ce_M=ce, log_satisfaction_M=log_satisfaction)
+    return found, gradients
+
+
+def fused(
+    case: Case, *, chunk_rows: int | None = None, trained: bool = True
+) -> tuple[Losses, list[Tensor | None]]:
+    """By the fused pass."""
+    leaves = [case.hidden, case.head.weight_VD, case.head.bias_V]
+    wanted = [True, trained, trained]
+    leaves = [
+        None if leaf is None else leaf.clone().requires_grad_(wants)
+        for leaf, wants in zip(leaves, wanted, strict=True)
+    ]
+    hidden, weight, bias = leaves
+    assert hidden is not None
+    assert weight is not None
+    head = replace(case.head, weight_VD=weight, bias_V=bias)
+    found = fused_losses(hidden, head, tilt=case.tilt, labels=case.labels, chunk_rows=chunk_rows)
+    found.loss.backward()  # type: ignore[no-untyped-call]
+    return found, [None if leaf is None else leaf.grad for leaf in leaves]
+
+
+def apart(ours: Tensor | None, theirs: Tensor | None) -> float:
+    """The largest difference, beside the largest number."""
+    if ours is None or theirs is None:
+        assert ours is None
+        assert theirs is None
+        return 0.0
+    scale = theirs.abs().max().clamp_min(1e-3)
+    return float((ours.double() - theirs).abs().max() / scale)
+
+
+def test_a_thousand_shapes_have_the_losses_and_gradients_of_the_equations() -> None:
+    seen = {"kl": 0, "ce": 0, "floor": 0, "bias": 0}
+    for seed in range(SHAPES):
+        case = some_case(seed)
+        theirs, their_gradients = dense(case)
+        chunk_rows = 1 + seed % 41
+        ours, our_gradients = fused(case, chunk_rows=chunk_rows)
+        if theirs.kl_M is not None:
+            assert ours.kl_M is not None
+            assert ours.log_satisfaction_M is not None
+            assert theirs.log_satisfaction_M is not None
+            assert float((ours.kl_M - theirs.kl_M).abs().max()) < 5e-6 * max(
+                1.0, float(theirs.kl_M.max())
+            ), seed
+            assert float(ours.kl_M.min()) >= 0, seed
+            gap = ours.log_satisfaction_M - theirs.log_satisfaction_M
+            assert float(gap.abs().max()) < 2e-5, seed
+        if theirs.ce_M is not None:
+            assert apart(ours.ce_M, theirs.ce_M) < 1e-5, seed
+        assert apart(ours.loss, theirs.loss.detach()) < 1e-5, seed
+        for mine, exact in zip(our_gradients, their_gradients, strict=True):
+            assert apart(mine, exact) < 1e-4, seed
+        # Nothing depends on where the rows are cut.
+        whole, whole_gradients = fused(case, chunk_rows=1000)
+        assert apart(ours.loss, whole.loss.detach().double()) < 1e-6, seed
+        for mine, same in zip(our_gradients, whole_gradients, strict=True):
+            assert apart(mine, None if same is None else same.double()) < 1e-6, seed
+        seen["kl"] += theirs.kl_M is not None
+        seen["ce"] += theirs.ce_M is not None
+        seen["floor"] += case.tilt is not None and case.tilt.floor_M is not None
+        seen["bias"] += case.head.bias_V is not None
+    assert min(seen.values()) > SHAPES / 10
+
+
+def with_both(seed: int) -> Case:
+    return next(
+        case for case in map(some_case, range(seed, 2 * SHAPES)) if case.tilt and case.labels
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_bfloat16_hidden_states_have_float32_losses(seed: int) -> None:
+    case = with_both(seed)
+    rounded = replace(case, hidden=case.hidden.bfloat16())
+    theirs, their_gradients = dense(replace(case, hidden=rounded.hidden.float()))
+    ours, our_gradients = fused(rounded)
+    assert ours.kl_M is not None
+    assert ours.kl_M.dtype == torch.float32
+    assert apart(ours.loss, theirs.loss.detach()) < 1e-5
+    assert our_gradients[0] is not None
+    assert our_gradients[0].dtype == torch.bfloat16
+    assert apart(our_gradients[0], their_gradients[0]) < 1e-2
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_the_same() -> None:
+    case = with_both(0)
+    frozen, gradients = fused(case, trained=False)
+    trained, wanted = fused(case)
+    assert gradients[1:] == [None, None]
+    assert torch.equal(gradients[0], wanted[0])  # type: ignore[arg-type]
+    assert torch.equal(frozen.loss, trained.loss)
+
+
+def test_a_row_of_weight_nothing_is_not_there() -> None:
+    case = with_both(3)
+    assert case.tilt is not None
+    assert case.labels is not None
+    kept = torch.arange(len(case.hidden)) % 2 == 0
+    masked = replace(
+        case,
+        tilt=replace(case.tilt, weights_M=case.tilt.weights_M * kept),
+        labels=replace(case.labels, weights_M=case.labels.weights_M * kept),
+    )
+    loss, gradients = fused(masked)
+    expected, _ = dense(masked)
+    assert apart(loss.loss, expected.loss.detach()) < 1e-5
+    assert gradients[0] is not None
+    assert float(gradients[0][~kept].abs().max()) == 0
+
+
+def test_the_target_and_the_reference_get_no_gradient() -> None:
+    case = with_both(5)
+    assert case.tilt is not None
+    watched = {
+        name: getattr(case.tilt, name).clone().requires_grad_()
+        for name in ("hidden_MD", "factors_MR", "offset_M", "tokens_VR", "prior_V")
+    }
+    loss, _ = fused(replace(case, tilt=replace(case.tilt, **watched)))
+    assert all(tensor.grad is None for tensor in watched.values())
+    assert loss.kl_M is not None
+    assert not loss.kl_M.requires_grad
+
+
+def test_what_the_reference_excludes_stays_excluded() -> None:
+    case = some_case(1)
+    case = next(c for c in map(some_case, range(SHAPES)) if c.tilt and len(c.head.weight_VD) > 5)
+    assert case.tilt is not None
+    bias = torch.zeros(len(case.head.weight_VD))
+    bias[::2] = -math.inf
+    tilt = replace(case.tilt, head=replace(case.tilt.head, bias_V=bias))
+    case = replace(case, tilt=tilt, labels=None)
+    theirs, their_gradients = dense(case)
+    ours, our_gradients = fused(case)
+    assert theirs.kl_M is not None
+    assert torch.isfinite(theirs.kl_M).all()
+    assert apart(ours.kl_M, theirs.kl_M.detach()) < 1e-5
+    assert apart(our_gradients[0], their_gradients[0]) < 1e-4
+
+
+def test_the_reference_at_itself_needs_one_product_and_says_the_same() -> None:
+    case = with_both(8)
+    assert case.tilt is not None
+    tilt = replace(case.tilt, hidden_MD=case.hidden, head=case.head)
+    alone = fused_losses(case.hidden, case.head, tilt=tilt)
+    twice = fused_losses(case.hidden.clone(), case.head, tilt=tilt)
+    assert alone.kl_M is not None
+    assert torch.equal(alone.kl_M, twice.kl_M)  # type: ignore[arg-type]
+    assert not alone.loss.requires_grad
+
+
+def test_no_rows_are_no_loss() -> None:
+    case = with_both(0)
+    labels = Labels(next_M=torch.zeros(0, dtype=torch.long), weights_M=torch.zeros(0))
+    hidden = case.hidden[:0].clone().requires_grad_()
+    loss = fused_losses(hidden, case.head, labels=labels).loss
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert float(loss.detach()) == 0
+
+
+def test_chunks_follow_a_budget_with_a_floor() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert chunk_rows_for(1_000, cpu) > 10_000
+    assert chunk_rows_for(50_257, cpu) == 222
+    assert chunk_rows_for(256_000, cpu) == 128
+    assert chunk_rows_for(256_000, gpu) == 512

@@ -1,0 +1,120 @@
+"""Packed batches: where every token lands, and that it reads its own sequence and no other."""
+
+import pytest
+import torch
+from small import SHAPES, prompt, tiny_llm
+from torch import Tensor
+
+from constrained_ft.llm import LLM
+from constrained_ft.packing import Packed, Tree, pack
+from constrained_ft.tiny import tiny_model
+
+TREES = [
+    Tree(stem=(11, 12, 13), branches=((14, 15), (), (16, 17, 18, 19))),
+    Tree(stem=(21,), branches=((22, 23),)),
+    Tree(stem=tuple(range(31, 45))),
+    Tree(stem=(51, 52), branches=((53,), (53,))),
+]
+SEQUENCES = [(*tree.stem, *branch) for tree in TREES for branch in tree.branches]
+
+
+def read_by(packed: Packed, slot: int) -> list[int]:
+    """The tokens that the token in a slot reads, in the order of their positions."""
+    row, place = divmod(slot, packed.ids_BL.shape[1])
+    seen_L = packed.mask_B1LL[row, 0, place]
+    order = packed.position_BL[row][seen_L].argsort()
+    return packed.ids_BL[row][seen_L][order].tolist()
+
+
+@pytest.mark.parametrize("capacity", [1, 16, 24, 500])
+@pytest.mark.parametrize("apart", [False, True])
+def test_every_token_reads_its_own_sequence_up_to_itself(capacity: int, *, apart: bool) -> None:
+    packed = pack(TREES, capacity, 0, apart=apart)
+    assert len(packed.paths) == len(SEQUENCES)
+    assert len(packed.stems) == len(TREES)
+    for tree, slots in zip(TREES, packed.stems, strict=True):
+        for place, slot in enumerate(slots.tolist()):
+            assert read_by(packed, slot) == list(tree.stem[: place + 1])
+    branches = [(tree.stem, branch) for tree in TREES for branch in tree.branches]
+    for (stem, branch), slots in zip(branches, packed.paths, strict=True):
+        assert len(slots) == len(branch) + 1
+        for place, slot in enumerate(slots.tolist()):
+            assert read_by(packed, slot) == [*stem, *branch[:place]]
+            row, column = divmod(slot, packed.ids_BL.shape[1])
+            assert packed.position_BL[row, column] == len(stem) + place - 1
+
+
+def test_rows_are_filled_and_what_is_shared_is_stored_once() -> None:
+    packed = pack(TREES, 24, 0)
+    # 9, 3, 14 and 4 tokens: two rows of at most 24.
+    assert packed.ids_BL.shape == (2, 23)
+    assert sorted(packed.lengths_B.tolist()) == [7, 23]
+    assert pack(TREES, 1, 0).ids_BL.shape[1] == 14  # the longest fits in any case
+    apart = pack(TREES, 500, 0, apart=True)
+    # A row for each branch, and one for the tree that has none.
+    assert apart.ids_BL.shape == (len(SEQUENCES) + 1, 14)
+
+
+def through_transformers(shape: str, sharpness_of: LLM) -> list[Tensor]:
+    """Last hidden states of each sequence, alone, by transformers' plain attention."""
+    module = tiny_model(shape, seed=0).eval()
+    module.load_state_dict(sharpness_of.module.state_dict())
+    module.set_attn_implementation("eager")
+    with torch.no_grad():
+        return [module.base_model(torch.tensor([s])).last_hidden_state[0] for s in SEQUENCES]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_packed_batch_computes_what_its_sequences_would(shape: str) -> None:
+    llm = tiny_llm(shape)
+    packed = llm.pack(TREES)
+    assert len(packed.ids_BL) == 1  # all of them side by side
+    with torch.no_grad():
+        states = llm.packed_states(packed)
+    torch.testing.assert_close(llm.frozen().packed_states(packed), states, atol=0, rtol=0)
+    for sequence, slots, expected in zip(
+        SEQUENCES, packed.paths, through_transformers(shape, llm), strict=True
+    ):
+        assert (
+            packed.ids_BL.flatten()[slots[1:]].tolist()
+            == list(sequence[1 - len(slots) :])[: len(slots) - 1]
+            or len(slots) == 1
+        )
+        torch.testing.assert_close(states[slots], expected[-len(slots) :], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_models_that_cannot_pack_get_a_row_for_each_sequence(shape: str) -> None:
+    llm = tiny_llm(shape)
+    with torch.no_grad():
+        packed = llm.pack(TREES)
+        together = llm.packed_states(packed)[torch.cat(packed.paths)]
+        llm._packs = False
+        packed = llm.pack(TREES)
+        assert len(packed.ids_BL) == len(SEQUENCES) + 1
+        apart = llm.packed_states(packed)[torch.cat(packed.paths)]
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_reads_across_a_row_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = LLM.packed_inputs
+
+    def careless(self: LLM, packed: Packed) -> dict[str, Tensor]:
+        inputs = whole(self, packed)
+        if self._packs:
+            inputs["attention_mask"] = torch.ones_like(packed.ids_BL)
+        return inputs
+
+    monkeypatch.setattr(LLM, "packed_inputs", careless)
+    assert not tiny_llm("llama")._packs
+    monkeypatch.undo()
+    assert tiny_llm("llama")._packs
+
+
+def test_a_sliding_window_is_not_packed() -> None:
+    llm = tiny_llm("llama")
+    llm.module.config.sliding_window = 4
+    again = LLM(llm.module, llm.tokenizer, config=llm.config, peft_model=None, bf16=False)
+    assert not again._packs
+    ids = prompt("windows").token_ids
+    assert len(again.pack([Tree(stem=ids), Tree(stem=ids)]).ids_BL) == 2
