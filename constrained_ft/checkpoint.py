@@ -19,11 +19,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from constrained_ft.data import Prompt
 from constrained_ft.errors import CheckpointError
 from constrained_ft.fused import Head
 from constrained_ft.optimization import Optimization
 from constrained_ft.parts import Parts
+from constrained_ft.prompts import Prompt
 from constrained_ft.rollouts import LabeledRollouts, Rollouts
 from constrained_ft.target import Reference
 

@@ -10,20 +10,15 @@ from transformers import PreTrainedTokenizerBase
 from constrained_ft import evaluate
 from constrained_ft.compose import compose
 from constrained_ft.config import Config
-from constrained_ft.data import (
-    Prompt,
-    Row,
-    check_prompt_lengths,
-    load_corpus,
-    load_prompts,
-    read_prompts,
-)
+from constrained_ft.corpus import load_corpus
 from constrained_ft.distributed import StopRequest
+from constrained_ft.encoding import Row
 from constrained_ft.errors import ConfigError
 from constrained_ft.evaluate import Evaluation
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.named_models import ModelSource, base_model, final_model, find_run, model_at
 from constrained_ft.progress import Display
+from constrained_ft.prompts import Prompt, check_prompt_lengths, load_prompts, read_prompts
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.scorers import build_scorer, probe
 

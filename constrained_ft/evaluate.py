@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from constrained_ft.config import Config
-from constrained_ft.data import Prompt, Row, pad_id
 from constrained_ft.distributed import StopRequest, seed_for
+from constrained_ft.encoding import Row, pad_id
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.progress import Display
+from constrained_ft.prompts import Prompt
 from constrained_ft.rollouts import Rollouts, completion_hidden_states, pad_right, sample
 from constrained_ft.run_folder import write_atomically
 from constrained_ft.scorers import Scorer, score_all

@@ -21,8 +21,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from constrained_ft.config import TrainerConfig
-from constrained_ft.data import Corpus, Row
+from constrained_ft.corpus import Corpus
 from constrained_ft.distributed import StopRequest, generator_for
+from constrained_ft.encoding import Row
 from constrained_ft.errors import DivergedError
 from constrained_ft.fused import Labels, fused_losses
 from constrained_ft.llm import LLM

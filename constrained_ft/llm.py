@@ -29,8 +29,8 @@ from transformers import (
 
 from constrained_ft.attention import GROUPED
 from constrained_ft.config import LLMConfig, LoraConfig
-from constrained_ft.data import pad_id
 from constrained_ft.distributed import default_device, seed_everything
+from constrained_ft.encoding import pad_id
 from constrained_ft.errors import ModelError
 from constrained_ft.fused import Head
 from constrained_ft.packing import Packed, Tree, pack

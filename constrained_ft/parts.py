@@ -7,13 +7,15 @@ from transformers import PreTrainedTokenizerBase
 
 from constrained_ft.auxiliary import Auxiliary, vocabulary_prior
 from constrained_ft.config import Config
-from constrained_ft.data import Corpus, Prompts, check_sources, load_corpus, load_prompts
+from constrained_ft.corpus import Corpus, load_corpus
 from constrained_ft.distributed import StopRequest, seed_for
 from constrained_ft.llm import LLM, load_context_length, load_llm, load_tokenizer
 from constrained_ft.optimization import Optimization, build_optimization
 from constrained_ft.progress import Display
+from constrained_ft.prompts import Prompts, load_prompts
 from constrained_ft.rollouts import LabeledRollouts
 from constrained_ft.scorers import Scorer, build_scorer, probe, score_all
+from constrained_ft.sources import check_sources
 
 
 @dataclass(kw_only=True)

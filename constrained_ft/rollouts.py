@@ -23,11 +23,12 @@ from torch import Tensor
 from constrained_ft import equations
 from constrained_ft.attention import grow_in_place
 from constrained_ft.config import ConstraintConfig
-from constrained_ft.data import Prompt, pad_id
 from constrained_ft.distributed import StopRequest, generator_for
+from constrained_ft.encoding import pad_id
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.packing import Tree
 from constrained_ft.progress import Display
+from constrained_ft.prompts import Prompt
 from constrained_ft.scorers import Scorer, score_all
 
 _BLOCK = 256  # width of the first level of the inverse CDF

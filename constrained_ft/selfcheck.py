@@ -20,13 +20,14 @@ from torch import Tensor
 from constrained_ft import equations
 from constrained_ft.compose import compose
 from constrained_ft.config import Config
-from constrained_ft.data import Corpus, CorpusStats, Prompt, Prompts
+from constrained_ft.corpus import Corpus, CorpusStats
 from constrained_ft.distributed import StopRequest, generator_for
 from constrained_ft.finetune import update_llm
 from constrained_ft.llm import LLM
 from constrained_ft.optimization import build_optimization
 from constrained_ft.parts import Parts, build_auxiliary
 from constrained_ft.progress import Display, Silent
+from constrained_ft.prompts import Prompt, Prompts
 from constrained_ft.rollouts import Rollouts, label
 from constrained_ft.scorers import build_scorer
 from constrained_ft.tabular import every_completion, table_llm

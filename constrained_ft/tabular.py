@@ -17,9 +17,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from constrained_ft.config import LLMConfig
-from constrained_ft.data import Prompt
 from constrained_ft.distributed import default_device, generator_for
 from constrained_ft.llm import LLM
+from constrained_ft.prompts import Prompt
 from constrained_ft.rollouts import Rollouts, pad_right
 
 _MARK = 4.0  # how much a prefix's mark stands out beside its logits

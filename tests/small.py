@@ -8,12 +8,14 @@ from torch import Tensor
 
 from constrained_ft.compose import compose
 from constrained_ft.config import Config, LoraConfig
-from constrained_ft.data import Corpus, CorpusStats, Prompt, Prompts, Row
+from constrained_ft.corpus import Corpus, CorpusStats
 from constrained_ft.distributed import StopRequest
+from constrained_ft.encoding import Row
 from constrained_ft.llm import LLM, load_llm
 from constrained_ft.optimization import build_optimization
 from constrained_ft.parts import Parts, build_auxiliary, build_parts
 from constrained_ft.progress import Silent
+from constrained_ft.prompts import Prompt, Prompts
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.scorers import build_scorer
 from constrained_ft.tabular import table_llm

@@ -15,12 +15,12 @@ from constrained_ft import equations
 from constrained_ft.auxiliary import LOGIT_LIMIT, Auxiliary, FrozenAuxiliary, vocabulary_prior
 from constrained_ft.compose import compose
 from constrained_ft.config import AuxiliaryConfig
-from constrained_ft.data import Prompt
 from constrained_ft.distributed import StopRequest
 from constrained_ft.errors import CheckpointError
 from constrained_ft.fit import Examples, area_under_curve, calibration_error, fit_auxiliary, measure
 from constrained_ft.fused import Head
 from constrained_ft.progress import Silent
+from constrained_ft.prompts import Prompt
 from constrained_ft.rollouts import LabeledRollouts, Rollouts
 
 KINDS = ["additive", "transformer", "head"]

@@ -16,21 +16,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from constrained_ft import data as data_module
+from constrained_ft import sources as sources_module
 from constrained_ft.config import DataConfig, PromptsConfig
-from constrained_ft.data import (
-    Corpus,
-    CorpusStats,
-    Prompt,
-    Prompts,
-    Row,
-    check_sources,
-    load_corpus,
-    load_prompts,
-    pad_id,
-    read_prompts,
-)
+from constrained_ft.corpus import Corpus, CorpusStats, load_corpus
+from constrained_ft.encoding import Row, pad_id
 from constrained_ft.errors import ConfigError, DataError, ModelError
+from constrained_ft.prompts import Prompt, Prompts, load_prompts, read_prompts
+from constrained_ft.sources import check_sources
 from constrained_ft.tiny import byte_tokenizer
 
 EOS = 0
@@ -419,7 +411,7 @@ def test_a_column_may_lie_inside_another(tmp_path: Path) -> None:
 
 
 def test_a_hub_dataset_is_read_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_module, "hub_failure", lambda *_: None)
+    monkeypatch.setattr(sources_module, "hub_failure", lambda *_: None)
     (tmp_path / "set").mkdir()
     write_jsonl(tmp_path / "set" / "test.jsonl", [{"text": "abc"}])
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -433,7 +425,7 @@ def test_a_hub_dataset_is_read_by_its_name(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_hub_that_cannot_be_reached_is_a_data_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_module, "hub_failure", lambda *_: ConnectionError("no route"))
+    monkeypatch.setattr(sources_module, "hub_failure", lambda *_: ConnectionError("no route"))
     config = DataConfig(name="some/set", max_length=64, validation_share=0)
     with pytest.raises(DataError, match=r"some/set from the hub: ConnectionError: no route"):
         load_corpus(config, byte_tokenizer())

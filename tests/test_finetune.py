@@ -22,8 +22,8 @@ from transformers import get_scheduler
 from constrained_ft import fused
 from constrained_ft.compose import compose
 from constrained_ft.config import TrainerConfig
-from constrained_ft.data import Row
 from constrained_ft.distributed import StopRequest
+from constrained_ft.encoding import Row
 from constrained_ft.errors import DivergedError
 from constrained_ft.finetune import backward_of_step, update_llm
 from constrained_ft.llm import LLM

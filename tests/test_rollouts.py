@@ -14,11 +14,11 @@ from constrained_ft import equations
 from constrained_ft.auxiliary import Auxiliary
 from constrained_ft.compose import compose
 from constrained_ft.config import AuxiliaryConfig, ConstraintConfig, LettersScorerConfig
-from constrained_ft.data import Prompt
 from constrained_ft.distributed import StopRequest, generator_for
 from constrained_ft.errors import Interrupted
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.progress import Silent
+from constrained_ft.prompts import Prompt
 from constrained_ft.rollouts import (
     Guide,
     Rollouts,

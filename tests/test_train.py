@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from constrained_ft import checkpoint, evaluate, metrics
 from constrained_ft.config import Config
-from constrained_ft.data import load_corpus
+from constrained_ft.corpus import load_corpus
 from constrained_ft.distributed import StopRequest
 from constrained_ft.errors import CheckpointError, Interrupted, ScorerError
 from constrained_ft.llm import load_frozen, plain_config

@@ -1,0 +1,195 @@
+"""What a row says: a text, a prompt with its completion, or a chat; and the rows of a section.
+
+Rows come as `text`, as `prompt` + `completion`, or as chat `messages`. Nothing is tokenised here.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from constrained_ft.config import DataConfig, SourceConfig
+from constrained_ft.errors import ConfigError, DataError
+from constrained_ft.sources import rows_of, sources_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """A plain text."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A prompt and what follows it."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """Messages, each with a role and content."""
+
+    messages: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One row as it was read."""
+
+    origin: str
+    """For messages: `row 3 of FILE`."""
+    group: str
+    content: Text | Completion | Chat
+
+    @property
+    def key(self) -> str:
+        """What decides whether the row is held out."""
+        match self.content:
+            case Text(text=text):
+                return text
+            case Completion(prompt=prompt, completion=completion):
+                return f"{prompt}\x1f{completion}"
+            case Chat(messages=messages):
+                return json.dumps(messages, sort_keys=True, default=str)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A prompt that is not tokenised yet."""
+
+    text: str
+    group: str
+    rendered: bool
+    """Written by the chat template, with its own special tokens."""
+
+
+def grouped_records(config: DataConfig) -> dict[tuple[str, int], list[Record]]:
+    """Records by group and by how often they come up."""
+    groups: dict[tuple[str, int], list[Record]] = {}
+    for name, source in sources_of(config, "corpus").items():
+        for record in _records(name, source):
+            groups.setdefault((record.group, source.repeat), []).append(record)
+    return groups
+
+
+def _records(name: str, source: SourceConfig) -> list[Record]:
+    records = []
+    excluded = _excluded(name, source)
+    for origin, row in rows_of(name, source):
+        content = _content(row, source.text_column, origin)
+        if _is_empty(content, origin, skip=source.skip_empty):
+            continue
+        if isinstance(content, Text) and content.text.strip() in excluded:
+            continue
+        if source.opening_words is not None and isinstance(content, Text):
+            content = Text(text=opening(content.text, source.opening_words))
+        records.append(Record(origin=origin, group=_group(row, name, origin), content=content))
+    if not records:
+        raise DataError(f"{name}: {source.path or source.name} has no rows with text")
+    return records
+
+
+def _excluded(name: str, source: SourceConfig) -> set[str]:
+    if source.exclude is None:
+        return set()
+    listed = SourceConfig(path=source.exclude, text_column="prompt", skip_empty=True)
+    return {draft.text.strip() for draft in file_prompts(f"{name}.exclude", listed)}
+
+
+def file_prompts(name: str, source: SourceConfig) -> list[Draft]:
+    """The prompts of one source, in its order; equal ones are all there."""
+    if source.repeat > 1:
+        raise ConfigError(
+            f"prompts: `repeat` of {name} is for the corpus; prompts are not repeated"
+        )
+    drafts = []
+    for origin, row in rows_of(name, source):
+        columns = (source.text_column, "prompt", "text")
+        column = next((c for c in columns if _field(row, c) is not None), None)
+        if column is None:
+            found = ", ".join(key for key, value in row.items() if value is not None) or "nothing"
+            raise DataError(
+                f"{origin} has no prompt: it needs `{source.text_column}`; it has {found}. If the "
+                "prompt has another name, set text_column"
+            )
+        text = _string(_field(row, column), column, origin)
+        if _is_empty(Text(text=text), origin, skip=source.skip_empty):
+            continue
+        if source.opening_words is not None:
+            text = opening(text, source.opening_words)
+        drafts.append(Draft(text=text, group=_group(row, name, origin), rendered=False))
+    if not drafts:
+        raise DataError(f"{name}: {source.path or source.name} has no prompts")
+    return drafts
+
+
+def opening(text: str, words: int) -> str:
+    """The first words of a text."""
+    return " ".join(text.split()[:words])
+
+
+def _content(row: dict[str, Any], text_column: str, origin: str) -> Text | Completion | Chat:
+    text = _field(row, text_column)
+    if text is not None and text_column != "text":
+        return Text(text=_string(text, text_column, origin))
+    if row.get("messages") is not None:
+        return Chat(messages=_messages(row["messages"], origin))
+    if row.get("prompt") is not None and row.get("completion") is not None:
+        return Completion(
+            prompt=_string(row["prompt"], "prompt", origin),
+            completion=_string(row["completion"], "completion", origin),
+        )
+    if text is not None:
+        return Text(text=_string(text, text_column, origin))
+    found = ", ".join(key for key, value in row.items() if value is not None) or "nothing"
+    raise DataError(
+        f"{origin} has no text: it needs `{text_column}`, or `prompt` and `completion`, or "
+        f"`messages`; it has {found}. If the text has another name, set text_column"
+    )
+
+
+def _is_empty(content: Text | Completion | Chat, origin: str, *, skip: bool) -> bool:
+    match content:
+        case Text():
+            said = content.text
+        case Completion():
+            said = content.completion
+        case _:
+            said = "".join(message["content"] for message in content.messages)
+    empty = not said.strip()
+    if empty and not skip:
+        raise DataError(f"{origin} is empty; remove it, or set skip_empty=true")
+    return empty
+
+
+def _field(row: dict[str, Any], column: str) -> Any:
+    """A column, or the field b of the column a for `a.b`."""
+    if column in row:
+        return row[column]
+    head, _, rest = column.partition(".")
+    inner = row.get(head)
+    return _field(inner, rest) if rest and isinstance(inner, dict) else None
+
+
+def _string(value: object, column: str, origin: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{origin}: `{column}` is {type(value).__name__}, but must be a string")
+    return value
+
+
+def _group(row: dict[str, Any], name: str, origin: str) -> str:
+    return name if row.get("group") is None else _string(row["group"], "group", origin)
+
+
+def _messages(value: object, origin: str) -> tuple[dict[str, Any], ...]:
+    if not isinstance(value, list):
+        raise DataError(f"{origin}: `messages` is {type(value).__name__}, but must be a list")
+    for number, message in enumerate(value, start=1):
+        if not isinstance(message, dict):
+            raise DataError(f"{origin}: message {number} is not an object with role and content")
+        for key in ("role", "content"):
+            _string(message.get(key), f"messages[{number}].{key}", origin)
+    # A field that only other rows have was filled with None by the reader.
+    return tuple({k: v for k, v in message.items() if v is not None} for message in value)
