@@ -11,7 +11,7 @@ from constrained_ft.cli.settings import settings
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from constrained_ft.compose import Key
+    from constrained_ft.keys import Key
 
 __all__ = ["app"]
 
@@ -63,7 +63,8 @@ def list_keys(
     """List groups, their options, and every key with its meaning."""
     from rich.text import Text
 
-    from constrained_ft.compose import default_options, groups, keys_of_schema
+    from constrained_ft.groups import default_options, groups
+    from constrained_ft.keys import keys_of_schema
 
     console = settings.console()
     defaults = default_options()

@@ -33,7 +33,7 @@ def sweep(request: Request, *, dry_run: bool) -> int:
             started then.
     """
     from constrained_ft.cli.display import make_display
-    from constrained_ft.compose import expand_sweep, normalise
+    from constrained_ft.overrides import expand_sweep, normalise
 
     if request.names_folder() and request.config_file is None:
         raise ConfigError(
@@ -91,7 +91,7 @@ def _refuse_used(folder: Path, count: int) -> None:
 
 def _job(request: Request, outcomes: Outcomes) -> Callable[[Any], None]:
     """What Hydra calls for each job: `cft train` in a process of its own."""
-    from constrained_ft.compose import assignment
+    from constrained_ft.overrides import assignment
 
     def run_job(tree: Any) -> None:
         from hydra.core.hydra_config import HydraConfig
@@ -138,7 +138,8 @@ def _run_hydra(overrides: Sequence[str], folder: Path, job: Callable[[Any], None
     """Hand over to Hydra's sweeper and launcher, which read their arguments from `sys.argv`."""
     import hydra
 
-    from constrained_ft.compose import CONF, PRIMARY, assignment
+    from constrained_ft.groups import CONF, PRIMARY
+    from constrained_ft.overrides import assignment
 
     # The run folder of a job is its own record, so Hydra writes none, and does not log.
     ours = {

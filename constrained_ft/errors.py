@@ -12,6 +12,8 @@ CftError            1   anything below
 The number is the exit code of the command line.
 """
 
+from collections.abc import Sequence
+
 __all__ = [
     "CftError",
     "CheckpointError",
@@ -21,6 +23,7 @@ __all__ = [
     "Interrupted",
     "ModelError",
     "ScorerError",
+    "raise_problems",
 ]
 
 
@@ -70,3 +73,11 @@ class Interrupted(CftError):
     """The run was asked to stop; it continues with `--resume`."""
 
     exit_code = 75
+
+
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raise one ConfigError for all problems; none for none."""
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
+    if problems:
+        raise ConfigError("\n".join([f"{len(problems)} problems:", *(f"  {p}" for p in problems)]))

@@ -25,7 +25,6 @@ _ENDINGS = {
     ".txt": "text",
     ".text": "text",
 }
-
 _BUILDERS = {"jsonl": "json", "csv": "csv", "parquet": "parquet", "text": "text"}
 
 

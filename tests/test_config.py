@@ -8,21 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from constrained_ft.compose import (
-    FOREIGN_NAMES,
-    assignment,
-    compose,
-    config_to_yaml,
-    default_options,
-    differences,
-    expand_sweep,
-    groups,
-    keys_of_schema,
-    load_config,
-    normalise,
-)
+from constrained_ft.compose import compose, config_to_yaml, differences, load_config
 from constrained_ft.config import Config
 from constrained_ft.errors import ConfigError
+from constrained_ft.groups import default_options, groups
+from constrained_ft.keys import keys_of_schema
+from constrained_ft.overrides import assignment, expand_sweep, normalise
+from constrained_ft.suggestions import FOREIGN_NAMES
 
 # Keys that only the user can give, by option.
 OPEN = {

@@ -1,0 +1,56 @@
+"""The folders of YAML groups, ours and the user's: which groups and options there are."""
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from constrained_ft.config import Config
+from constrained_ft.errors import ConfigError
+
+CONF = "constrained_ft.conf"
+PRIMARY = "train"
+# The group whose options may set anything; every other group fills the section of its name.
+EXPERIMENT = "experiment"
+
+
+def groups(config_dirs: Sequence[Path] = ()) -> dict[str, list[str]]:
+    """Every group and its options: ours, and those of the user's folders."""
+    found: dict[str, set[str]] = {}
+    for root in (Path(package_file("")), *config_dirs):
+        for file in root.glob("*/**/*.yaml"):
+            group, *option = file.relative_to(root).with_suffix("").parts
+            found.setdefault(group, set()).add("/".join(option))
+    ours_first = [name for name in (*Config.model_fields, EXPERIMENT) if name in found]
+    return {name: sorted(found[name]) for name in dict.fromkeys([*ours_first, *sorted(found)])}
+
+
+def default_options() -> dict[str, str | None]:
+    """The option of each group that `cft train` starts with."""
+    from omegaconf import OmegaConf
+
+    defaults = OmegaConf.to_container(OmegaConf.load(package_file(f"{PRIMARY}.yaml")))
+    assert isinstance(defaults, dict)
+    pairs = [item for item in defaults["defaults"] if isinstance(item, dict)]
+    return {str(group): option for pair in pairs for group, option in pair.items()}
+
+
+def check_folders(config_dirs: Sequence[Path]) -> None:
+    """Folders of configuration must exist, and no two files may share a name."""
+    owners: dict[Path, Path] = {}
+    for folder in (Path(package_file("")), *config_dirs):
+        if not folder.is_dir():
+            raise ConfigError(f"--config-dir {folder}: there is no such folder")
+        for file in folder.rglob("*.yaml"):
+            name = file.relative_to(folder)
+            if name in owners:
+                # Hydra would take the first and be silent about the second.
+                raise ConfigError(
+                    f"{file} has the name of {owners[name]}; give it another name, "
+                    f"such as {name.with_stem('my_' + name.stem)}"
+                )
+            owners[name] = file
+
+
+def package_file(name: str) -> str:
+    """`${package_file:NAME}`: the path of a file that is installed beside the YAML groups."""
+    return str(files(CONF).joinpath(name))
