@@ -315,8 +315,10 @@ def load_frozen(config: LLMConfig, *, precision: str = "auto") -> FrozenLLM:
     return LLM(module, tokenizer, config=config, peft_model=None, bf16=bf16).frozen()
 
 
-def load_context_length(config: LLMConfig) -> int:
+def load_context_length(config: LLMConfig) -> int | None:
     """The longest sequence the model takes, in tokens, without loading its weights.
+
+    None where its configuration names no limit, as with ALiBi, which has no table of positions.
 
     Raises:
         ModelError: when the model is missing.
@@ -328,7 +330,7 @@ def load_context_length(config: LLMConfig) -> int:
         found = AutoConfig.from_pretrained(source, revision=config.revision)
     except (OSError, ValueError) as error:
         raise explain_model_failure(config.model_name_or_path, error) from error
-    length: int = found.get_text_config().max_position_embeddings
+    length: int | None = getattr(found.get_text_config(), "max_position_embeddings", None)
     return length
 
 

@@ -25,8 +25,8 @@ class ModelSource:
         """
         return load_frozen(self.config, precision=self.precision)
 
-    def context_length(self) -> int:
-        """The longest sequence the model takes, in tokens.
+    def context_length(self) -> int | None:
+        """The longest sequence the model takes, in tokens; None where no limit is known.
 
         Raises:
             ModelError: when it is missing.

@@ -64,7 +64,7 @@ def load_prompts(
     config: PromptsConfig,
     tokenizer: PreTrainedTokenizerBase,
     data: DataConfig,
-    context_length: int,
+    context_length: int | None,
 ) -> Prompts:
     """Read, deduplicate, split and tokenise the prompts; `data` is used with `from_corpus`.
 
@@ -131,13 +131,15 @@ def tokenise_prompts(
 
 
 def check_prompt_lengths(
-    prompts: Iterable[Prompt], max_new_tokens: int, context_length: int
+    prompts: Iterable[Prompt], max_new_tokens: int, context_length: int | None
 ) -> None:
-    """See that each prompt and its completion fit into the model.
+    """See that each prompt and its completion fit into the model; None is a model without a limit.
 
     Raises:
         DataError: naming the first prompt that does not.
     """
+    if context_length is None:
+        return
     for prompt in prompts:
         needed = len(prompt.token_ids) + max_new_tokens
         if needed > context_length:

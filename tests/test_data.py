@@ -569,6 +569,7 @@ def test_a_prompt_that_does_not_fit_is_named_with_its_length(tmp_path: Path) -> 
     (tmp_path / "p.txt").write_text("short\na long prompt\nmore\n")
     config = prompts_config(path=str(tmp_path / "p.txt"), max_new_tokens=8)
     load_prompts(config, byte_tokenizer(), UNUSED, 21)
+    load_prompts(config, byte_tokenizer(), UNUSED, None)
     with pytest.raises(DataError, match=r"'a long prompt' .*has 13 tokens.*needs 21.*is 20"):
         load_prompts(config, byte_tokenizer(), UNUSED, 20)
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaForCausalLM,
@@ -214,6 +216,15 @@ def test_the_context_length_is_known_without_the_weights(tmp_path: Path) -> None
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert load_context_length(plain_config(path)) == 256
     assert load_context_length(small_config().llm) == 256
+
+
+def test_a_model_without_a_table_of_positions_has_no_known_limit(tmp_path: Path) -> None:
+    bloom = BloomForCausalLM(
+        BloomConfig(vocab_size=257, hidden_size=32, n_layer=2, n_head=2, pad_token_id=0)
+    )
+    config = plain_config(saved(bloom, tmp_path))
+    assert load_context_length(config) is None
+    close(logits(load_frozen(config, precision="fp32")), plain_logits(bloom))
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
