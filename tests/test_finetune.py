@@ -325,3 +325,19 @@ def test_a_guard_stops_before_anything_moves(weight: float, limit: float, messag
     for name, parameter in parts.llm.trained_parameters().items():
         assert torch.equal(parameter, before[name])
     assert not parts.optimization.optimizer.state
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_stops_before_anything_moves(value: float) -> None:
+    config = small_config()
+    parts = small_parts(config)
+    target = learn_target(parts, config, parts.llm.frozen(), 1)
+    parameters = parts.llm.trained_parameters()
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    # The loss stays finite: one gradient alone overflows on its way back.
+    next(iter(parameters.values())).register_hook(lambda grad: torch.full_like(grad, value))
+    with pytest.raises(DivergedError, match=rf"the gradient's norm is {value} at step 0"):
+        update(parts, target, config.trainer)
+    for name, parameter in parameters.items():
+        assert torch.equal(parameter, before[name])
+    assert not parts.optimization.optimizer.state
