@@ -84,6 +84,20 @@ def load_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Corpu
     return Corpus(training=tuple(training), validation=tuple(validation), stats=total)
 
 
+def corpus_of(rows: Sequence[Row]) -> Corpus:
+    """A corpus of rows that are tokenised already, all of them for training."""
+    stats = CorpusStats(
+        rows=len(rows),
+        tokens=sum(len(row.token_ids) for row in rows),
+        trained_tokens=sum(sum(row.trained) for row in rows),
+        longest=max((len(row.token_ids) for row in rows), default=0),
+        truncated_rows=0,
+        split_documents=0,
+        validation_rows=0,
+    )
+    return Corpus(training=tuple(rows), validation=(), stats=stats)
+
+
 def _stats(
     documents: Sequence[Document], training: Sequence[Row], validation: Sequence[Row]
 ) -> CorpusStats:

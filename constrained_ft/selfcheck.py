@@ -20,17 +20,13 @@ from torch import Tensor
 from constrained_ft import equations
 from constrained_ft.compose import compose
 from constrained_ft.config import Config
-from constrained_ft.corpus import Corpus, CorpusStats
-from constrained_ft.distributed import StopRequest, generator_for
+from constrained_ft.distributed import generator_for
 from constrained_ft.finetune import update_llm
 from constrained_ft.llm import LLM
-from constrained_ft.optimization import build_optimization
-from constrained_ft.parts import Parts, build_auxiliary
-from constrained_ft.progress import Display, Silent
-from constrained_ft.prompts import Prompt, Prompts
+from constrained_ft.parts import Parts
+from constrained_ft.progress import Display
 from constrained_ft.rollouts import Rollouts, label
-from constrained_ft.scorers import build_scorer
-from constrained_ft.tabular import every_completion, table_llm
+from constrained_ft.tabular import every_completion, table_parts
 from constrained_ft.target import Target, learn_target, states_of
 
 _VOCABULARY, _LENGTH = 5, 5
@@ -79,15 +75,6 @@ _WITHOUT_CORPUS = (
     # A whole iteration gets all the way to its target. A stale R, applied to the LLM that is
     # already there, would ask for the constraint twice.
     "trainer.reference=matched",
-)
-_NO_ROWS = CorpusStats(
-    rows=0,
-    tokens=0,
-    trained_tokens=0,
-    longest=0,
-    truncated_rows=0,
-    split_documents=0,
-    validation_rows=0,
 )
 
 Tables = list[Tensor]
@@ -288,8 +275,9 @@ def training_checks(schedule: str, display: Display, seed: int = 0) -> list[Chec
         seed: of the run.
     """
     config = compose([*_TRAINING, f"trainer={schedule}", *_WITHOUT_CORPUS, f"seed={seed}"])
-    parts = _table_parts(config)
-    every = every_completion(parts.llm, config.prompts.max_new_tokens)
+    length = config.prompts.max_new_tokens
+    parts = table_parts(_LETTERS, length, config)
+    every = every_completion(parts.llm, length)
     labels_Y = label(every, parts.scorer, config.constraint).labels_N.double()
     probs_Y = _probs(parts.llm, every)
     target_Y = probs_Y * labels_Y / (probs_Y @ labels_Y)
@@ -320,27 +308,6 @@ def training_checks(schedule: str, display: Display, seed: int = 0) -> list[Chec
             error=float(kl),
         ),
     ]
-
-
-def _table_parts(config: Config) -> Parts:
-    """The parts of a run on a random table; the prompts differ in nothing but their id."""
-    llm = table_llm(_LETTERS, config.prompts.max_new_tokens, config.llm, seed=config.seed)
-    scorer = build_scorer(config.constraint.scorer)
-    prompts = tuple(
-        Prompt(id=str(i), text="", group="prompts", token_ids=(0,))
-        for i in range(config.prompts.prompts_per_iteration)
-    )
-    return Parts(
-        llm=llm,
-        auxiliary=build_auxiliary(config, llm, llm.tokenizer, scorer),
-        optimization=build_optimization(llm, config.trainer),
-        scorer=scorer,
-        judge=None,
-        prompts=Prompts(training=prompts, held_out=()),
-        corpus=Corpus(training=(), validation=(), stats=_NO_ROWS),
-        display=Silent(),
-        stop=StopRequest(),
-    )
 
 
 def _update(parts: Parts, target: Target, config: Config, iteration: int) -> None:

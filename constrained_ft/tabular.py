@@ -6,6 +6,7 @@ sampler, the auxiliary and the update treat it like any other model. `selfcheck`
 Shape suffixes:  B sequences, L token positions, H prefixes, V vocabulary, D hidden width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from constrained_ft.config import LLMConfig
-from constrained_ft.distributed import default_device, generator_for
+from constrained_ft.config import Config, LLMConfig
+from constrained_ft.corpus import corpus_of
+from constrained_ft.distributed import StopRequest, default_device, generator_for
+from constrained_ft.encoding import Row
 from constrained_ft.llm import LLM
-from constrained_ft.prompts import Prompt
+from constrained_ft.optimization import build_optimization
+from constrained_ft.parts import Parts, build_auxiliary
+from constrained_ft.progress import Silent
+from constrained_ft.prompts import Prompt, Prompts
 from constrained_ft.rollouts import Rollouts, pad_right
+from constrained_ft.scorers import build_scorer
 
 _MARK = 4.0  # how much a prefix's mark stands out beside its logits
 
@@ -153,6 +160,34 @@ def table_llm(
         module.table.logits.weight.copy_(spread * logits_HV)
     module.to(default_device())  # type: ignore[arg-type]  # transformers types `to` loosely
     return LLM(module, table_tokenizer(letters), config=config, peft_model=None, bf16=False)
+
+
+def table_parts(letters: str, length: int, config: Config, rows: Sequence[Row] = ()) -> Parts:
+    """The parts of a run on a random table; the prompts differ in nothing but their id.
+
+    Args:
+        letters: as in `table_llm`.
+        length: longest completion, and longest row behind its prompt, in tokens.
+        config: of the run; of its LLM, corpus and prompts only the number of prompts is read.
+        rows: the corpus.
+    """
+    llm = table_llm(letters, length, config.llm, seed=config.seed)
+    scorer = build_scorer(config.constraint.scorer)
+    prompts = tuple(
+        Prompt(id=str(i), text="", group="prompts", token_ids=(0,))
+        for i in range(config.prompts.prompts_per_iteration)
+    )
+    return Parts(
+        llm=llm,
+        auxiliary=build_auxiliary(config, llm, llm.tokenizer, scorer),
+        optimization=build_optimization(llm, config.trainer),
+        scorer=scorer,
+        judge=None,
+        prompts=Prompts(training=prompts, held_out=()),
+        corpus=corpus_of(rows),
+        display=Silent(),
+        stop=StopRequest(),
+    )
 
 
 def every_completion(llm: LLM, length: int) -> Rollouts:

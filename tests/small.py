@@ -1,6 +1,5 @@
 """Small runs for tests: the smoke experiment cut down, and models of which everything is known."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,17 +7,12 @@ from torch import Tensor
 
 from constrained_ft.compose import compose
 from constrained_ft.config import Config, LoraConfig
-from constrained_ft.corpus import Corpus, CorpusStats
 from constrained_ft.distributed import StopRequest
-from constrained_ft.encoding import Row
 from constrained_ft.llm import LLM, load_llm
-from constrained_ft.optimization import build_optimization
-from constrained_ft.parts import Parts, build_auxiliary, build_parts
+from constrained_ft.parts import Parts, build_parts
 from constrained_ft.progress import Silent
-from constrained_ft.prompts import Prompt, Prompts
+from constrained_ft.prompts import Prompt
 from constrained_ft.run_folder import RunFolder
-from constrained_ft.scorers import build_scorer
-from constrained_ft.tabular import table_llm
 from constrained_ft.tiny import byte_tokenizer
 from constrained_ft.train import train
 
@@ -72,21 +66,8 @@ def prompt(text: str) -> Prompt:
     return Prompt(id=text, text=text, group="prompts", token_ids=tuple(ids))
 
 
-def corpus_of(rows: Sequence[Row]) -> Corpus:
-    nothing = CorpusStats(
-        rows=len(rows),
-        tokens=0,
-        trained_tokens=0,
-        longest=0,
-        truncated_rows=0,
-        split_documents=0,
-        validation_rows=0,
-    )
-    return Corpus(training=tuple(rows), validation=(), stats=nothing)
-
-
-# Completions of a table: up to two letters; the dot ends them.
-LETTERS = ".abc"
+# Completions of a table: up to two letters; the dot ends them. A row of the corpus may have three.
+LETTERS, LENGTH = ".abc", 3
 TABLE = (
     "llm=tiny",
     "constraint=letters",
@@ -112,27 +93,6 @@ TABLE = (
     "trainer.max_grad_norm=100",
     "trainer.lr_scheduler=cosine",
 )
-
-
-def table_parts(config: Config, rows: Sequence[Row] = ()) -> Parts:
-    """A table with equal prompts and any corpus."""
-    llm = table_llm(LETTERS, 3, config.llm, seed=config.seed)
-    scorer = build_scorer(config.constraint.scorer)
-    prompts = tuple(
-        Prompt(id=str(i), text="", group="prompts", token_ids=(0,))
-        for i in range(config.prompts.prompts_per_iteration)
-    )
-    return Parts(
-        llm=llm,
-        auxiliary=build_auxiliary(config, llm, llm.tokenizer, scorer),
-        optimization=build_optimization(llm, config.trainer),
-        scorer=scorer,
-        judge=None,
-        prompts=Prompts(training=prompts, held_out=()),
-        corpus=corpus_of(rows),
-        display=Silent(),
-        stop=StopRequest(),
-    )
 
 
 def gradients(llm: LLM) -> dict[str, Tensor]:

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from small import (
+    LENGTH,
+    LETTERS,
     TABLE,
-    corpus_of,
     gradients,
     prompt,
     small_config,
     small_parts,
-    table_parts,
     tiny_llm,
 )
 from torch import Tensor
@@ -22,6 +22,7 @@ from transformers import get_scheduler
 from constrained_ft import fused
 from constrained_ft.compose import compose
 from constrained_ft.config import TrainerConfig
+from constrained_ft.corpus import corpus_of
 from constrained_ft.distributed import StopRequest
 from constrained_ft.encoding import Row
 from constrained_ft.errors import DivergedError
@@ -30,6 +31,7 @@ from constrained_ft.llm import LLM
 from constrained_ft.optimization import build_optimization
 from constrained_ft.parts import Parts
 from constrained_ft.progress import Silent
+from constrained_ft.tabular import table_parts
 from constrained_ft.target import Target, build_target, learn_target, states_of
 
 
@@ -111,7 +113,7 @@ def test_satisfaction_at_rest_follows_the_law_of_lambda(
     # Of 20 completions of the one prompt, all of two tokens, 11 break the constraint: no c.
     said = [(1, 1)] * 3 + [(2, 1)] * 3 + [(1, 0)] * 3 + [(1, 3)] * 6 + [(3, 0)] * 3 + [(3, 2)] * 2
     rows = [row((0, *tokens), 1, prompted=prompted) for tokens in said]
-    parts = table_parts(config, rows)
+    parts = table_parts(LETTERS, LENGTH, config, rows)
     for iteration in (1, 2):
         target = learn_target(parts, config, parts.llm.frozen(), iteration)
         update(parts, target, config.trainer, iteration)
@@ -198,7 +200,7 @@ def test_padding_and_prompts_get_no_gradient() -> None:
         row((0, 1), 1, prompted=True),  # shorter than the next: padded
         row((0, 1, 2, 2), 3, prompted=True),  # `ab` is prompt, the second b is trained
     ]
-    parts = table_parts(config, rows)
+    parts = table_parts(LETTERS, LENGTH, config, rows)
     target = learn_target(parts, config, parts.llm.frozen(), 1)
     nothing = config.trainer.model_copy(update={"kl_weight": 0.0})
     corpus_only, _ = step(parts.llm, target, [rows], nothing, 1)
@@ -253,7 +255,7 @@ def test_without_the_constraint_it_is_plain_fine_tuning() -> None:
 
 def test_reading_some_rollouts_leaves_the_expected_gradient_and_what_lambda_means() -> None:
     config = compose([*TABLE, "prompts.prompts_per_iteration=16", "prompts.samples_per_prompt=16"])
-    parts = table_parts(config)
+    parts = table_parts(LETTERS, LENGTH, config)
     whole = learn_target(parts, config, parts.llm.frozen(), 1)
     assert len(whole.rollouts.texts) == 256
     alone = config.trainer.model_copy(update={"kl_weight": 1.0, "corpus": False})

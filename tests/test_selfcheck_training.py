@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from small import TABLE, table_parts
+from small import LENGTH, LETTERS, TABLE
 
 from constrained_ft import selfcheck
 from constrained_ft.compose import compose
 from constrained_ft.progress import Silent
-from constrained_ft.tabular import every_completion
+from constrained_ft.tabular import every_completion, table_parts
 from constrained_ft.target import states_of
 
 LESS = ("prompts.samples_per_prompt=32", "auxiliary.max_epochs=10")
@@ -63,8 +63,8 @@ def test_a_stale_r_on_a_fresh_reference_asks_twice(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_table_says_every_completion_once_with_probabilities_that_sum_to_one() -> None:
-    parts = table_parts(compose([*TABLE]))
-    every = every_completion(parts.llm, 3)
+    parts = table_parts(LETTERS, LENGTH, compose([*TABLE]))
+    every = every_completion(parts.llm, LENGTH)
     assert len(set(every.texts)) == len(every.texts) == 1 + 3 + 9 + 27
     assert float(selfcheck._probs(parts.llm, every).sum()) == pytest.approx(1, abs=1e-6)
     # The state of a prefix says which one it is.
