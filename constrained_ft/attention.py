@@ -73,9 +73,8 @@ def grouped_attention(  # noqa: PLR0913
 class GrowingLayer(DynamicLayer):
     """One layer of the cache: a new token is written behind the others, which stay in place."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._room: tuple[Tensor, Tensor] | None = None
+    _room: tuple[Tensor, Tensor] | None = None
+    """Where keys and values lie, with space behind them."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -84,7 +83,9 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states, value_states
-            return self.keys, self.values
+            return key_states, value_states
+        assert self.keys is not None
+        assert self.values is not None
         length = self.get_seq_length()
         total = length + key_states.shape[2]
         if self._room is None or self._room[0].shape[2] < total:
@@ -93,7 +94,7 @@ class GrowingLayer(DynamicLayer):
         keys[:, :, length:total] = key_states
         values[:, :, length:total] = value_states
         self.keys, self.values = keys[:, :, :total], values[:, :, :total]
-        return self.keys, self.values
+        return keys[:, :, :total], values[:, :, :total]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
@@ -123,6 +124,8 @@ def grow_in_place(cache: object) -> None:
         return
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
+            assert layer.keys is not None
+            assert layer.values is not None
             grown = GrowingLayer()
             grown.update(layer.keys, layer.values)
             cache.layers[index] = grown

@@ -29,6 +29,8 @@ class LoraConfig(Section):
     """Dropout on the adapter's input while the LLM trains."""
     target_modules: Literal["all-linear"] | tuple[str, ...]
     """Names of the modules that carry an adapter, or all linear layers but the output head."""
+    first_layer: int = Field(ge=0)
+    """Only layers from this one on carry adapters, counted from 0: backward passes end there."""
 
 
 class LLMConfig(Section):

@@ -168,7 +168,7 @@ def _backward_of_pass(
     kl = fused_losses(states_SD[slots_M], llm.head, tilt=target.tilt(rows_M, steps_M)).loss
     labels = Labels(next_M=next_M, weights_M=torch.ones(len(next_M), device=llm.device))
     ce = fused_losses(states_SD[predicting_M], llm.head, labels=labels).loss
-    (kl_scale * kl + ce_scale * ce).backward()  # type: ignore[no-untyped-call]
+    (kl_scale * kl + ce_scale * ce).backward()
     return float(ce.detach()), float(kl.detach())
 
 

@@ -207,14 +207,16 @@ class _Work:
         self.ce_M = result() if call.labels else None
         self.kl_M = result() if call.tilt else None
         self.log_satisfaction_M = result() if call.tilt else None
-        self.target, self.evidence = (buffer(), buffer()) if call.tilt else (None, None)
+        self.target = buffer() if call.tilt else None
+        self.evidence = buffer() if call.tilt else None
         self.gradient_MD = hidden_MD.new_empty(hidden_MD.shape, dtype=_wide(hidden_MD))
         self.gradient_VD = torch.zeros_like(head.weight_VD) if trains_head else None
         self.gradient_V = (
             torch.zeros_like(head.bias_V) if trains_head and head.bias_V is not None else None
         )
-        excluded = call.tilt is not None and call.tilt.head.bias_V is not None
-        self.excludes = excluded and bool(call.tilt.head.bias_V.isinf().any())  # type: ignore[union-attr]
+        # A head excludes a token by a bias of -inf; 0 * -inf counts as 0.
+        bias_V = call.tilt.head.bias_V if call.tilt else None
+        self.excludes = bias_V is not None and bool(bias_V.isinf().any())
 
     def chunk(self, chunk: slice) -> None:
         """Losses and gradients of some rows."""
@@ -249,8 +251,7 @@ class _Work:
         weight_B1 = z.new_zeros(len(z), 1)
         if labels is not None:
             assert self.ce_M is not None
-            next_B1 = labels.next_M[rows, None]
-            self.ce_M[rows] = -z.gather(1, next_B1)[:, 0]
+            self.ce_M[rows] = -z.gather(1, labels.next_M[rows, None])[:, 0]
             weight_B1 = weight_B1 + labels.weights_M[rows, None]
         if tilt is not None:
             assert self.kl_M is not None
@@ -270,7 +271,8 @@ class _Work:
         if tilt is not None:
             z.sub_(u.mul_(tilt.weights_M[rows, None]))
         if labels is not None:
-            z.scatter_add_(1, next_B1, -labels.weights_M[rows, None].to(z.dtype))
+            minus_B1 = -labels.weights_M[rows, None].to(z.dtype)
+            z.scatter_add_(1, labels.next_M[rows, None], minus_B1)
 
     def loss(self) -> Tensor:
         """The weighted sum of all rows."""

@@ -7,6 +7,7 @@ The trunk (everything below the output head) runs in the trunk's precision; the 
 """
 
 import inspect
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 
 from constrained_ft.attention import GROUPED
 from constrained_ft.config import LLMConfig, LoraConfig
@@ -399,6 +401,8 @@ def _require_lora(config: LLMConfig) -> LoraConfig:
 
 def _with_lora(module: PreTrainedModel, lora: LoraConfig) -> peft.PeftModel:
     targets = lora.target_modules
+    if lora.first_layer > 0:
+        targets = _modules_from(module, lora)
     settings = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT types it int but divides it
@@ -416,7 +420,30 @@ def _with_lora(module: PreTrainedModel, lora: LoraConfig) -> peft.PeftModel:
         try:
             return peft.PeftModelForCausalLM(module, settings)
         except ValueError as error:
-            raise ModelError(f"llm.lora.target_modules={targets!r}: {error}") from error
+            raise ModelError(f"llm.lora.target_modules={lora.target_modules!r}: {error}") from error
+
+
+def _modules_from(module: PreTrainedModel, lora: LoraConfig) -> tuple[str, ...]:
+    """Full names of the modules that carry an adapter, from `lora.first_layer` on."""
+    head = module.get_output_embeddings()
+    names = []
+    for name, layer in module.named_modules():
+        number = re.search(r"\.(\d+)\.", name)
+        if number is None or int(number[1]) < lora.first_layer or layer is head:
+            continue
+        if lora.target_modules == "all-linear":
+            wanted = isinstance(layer, nn.Linear | Conv1D)
+        else:
+            wanted = any(f".{name}".endswith(f".{target}") for target in lora.target_modules)
+        if wanted:
+            names.append(name)
+    if not names:
+        raise ModelError(
+            f"llm.lora.first_layer={lora.first_layer}: {type(module).__name__} has no module of "
+            f"llm.lora.target_modules={lora.target_modules!r} in a layer from there on; its layers "
+            "are counted from 0"
+        )
+    return tuple(names)
 
 
 def _head_of(module: PreTrainedModel) -> Head:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from constrained_ft.config import Config, LLMConfig
 from constrained_ft.corpus import corpus_of
@@ -61,6 +61,14 @@ class _Cache:
         self.row_B = self.row_B.repeat_interleave(repeats)
 
 
+@dataclass
+class _Output(ModelOutput):
+    """What a trunk returns."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: _Cache | None = None
+
+
 class _Table(nn.Module):
     """Everything below the output head.
 
@@ -82,7 +90,7 @@ class _Table(nn.Module):
         past_key_values: _Cache | None = None,
         use_cache: bool | None = None,  # noqa: FBT001  # the interface of transformers
         **_: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> _Output:
         """Hidden states; the first token of a sequence is its prompt, whichever it is."""
         rows = []
         if past_key_values is None:
@@ -94,9 +102,9 @@ class _Table(nn.Module):
             past_key_values.row_B = children_B + token_B
             rows.append(past_key_values.row_B)
         row_BL = torch.stack(rows, dim=1)
-        return BaseModelOutputWithPast(
+        return _Output(
             last_hidden_state=torch.cat([self.logits(row_BL), self.marks_HH[row_BL]], -1),
-            past_key_values=past_key_values if use_cache else None,  # type: ignore[arg-type]
+            past_key_values=past_key_values if use_cache else None,
         )
 
 

@@ -30,7 +30,7 @@ SMALL = (
     "evaluation.samples_per_prompt=4",
     "evaluation.max_validation_rows=4",
 )
-LORA = LoraConfig(r=4, alpha=8.0, dropout=0.0, target_modules="all-linear")
+LORA = LoraConfig(r=4, alpha=8.0, dropout=0.0, target_modules="all-linear", first_layer=0)
 SHAPES = ["llama", "gpt2", "qwen2"]
 
 

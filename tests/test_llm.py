@@ -211,6 +211,30 @@ def test_adapters_that_fit_no_module_are_named() -> None:
         load_llm(config, byte_tokenizer(), precision="fp32", seed=0)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ("c_attn", "down_proj", "v_proj")])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_adapters_begin_at_the_first_layer_asked_for(
+    shape: str, targets: str | tuple[str, ...]
+) -> None:
+    config = small_config(f"llm.model_name_or_path=tiny:{shape}", lora=True).llm
+    assert config.lora is not None
+
+    def adapted(first_layer: int) -> set[str]:
+        lora = config.lora.model_copy(  # type: ignore[union-attr]
+            update={"first_layer": first_layer, "target_modules": targets}
+        )
+        own = config.model_copy(update={"lora": lora})
+        llm = load_llm(own, byte_tokenizer(), precision="fp32", seed=0)
+        return set(llm.trained_parameters())
+
+    everywhere = adapted(0)
+    wanted = {name for name in everywhere if ".0." not in name.split("lora_")[0]}
+    assert 0 < len(wanted) < len(everywhere)
+    assert adapted(1) == wanted
+    with pytest.raises(ModelError, match=r"llm.lora.first_layer=2: .* counted from 0"):
+        adapted(2)
+
+
 def test_the_context_length_is_known_without_the_weights(tmp_path: Path) -> None:
     path = saved(tiny_model("llama", seed=0), tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
