@@ -126,7 +126,7 @@ def grow_in_place(cache: object) -> None:
         if type(layer) is DynamicLayer and layer.is_initialized:
             assert layer.keys is not None
             assert layer.values is not None
-            grown = GrowingLayer()
+            grown = GrowingLayer()  # type: ignore[no-untyped-call]
             grown.update(layer.keys, layer.values)
             cache.layers[index] = grown
 

@@ -87,7 +87,7 @@ class FrozenLLM:
             use_cache=True,
             **{keyword: cache},
         )
-        return output.last_hidden_state[:, -1], output[keyword]
+        return output.last_hidden_state[:, -1], getattr(output, keyword)
 
     def hidden_states(
         self, ids_BL: Int[Tensor, "B L"], lengths_B: Int[Tensor, " B"]

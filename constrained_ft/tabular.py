@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from constrained_ft.config import Config, LLMConfig
 from constrained_ft.corpus import corpus_of
@@ -62,11 +62,11 @@ class _Cache:
 
 
 @dataclass
-class _Output(ModelOutput):
+class _Output:
     """What a trunk returns."""
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: _Cache | None = None
+    last_hidden_state: Tensor
+    past_key_values: _Cache | None
 
 
 class _Table(nn.Module):
