@@ -130,7 +130,7 @@ def fused_losses(
         labels: the next token of every row, or None for rows without cross-entropy.
         chunk_rows: rows whose logits exist at once; None derives it from a budget in bytes.
 
-    Source: performance of [CFT]'s regulariser; formulas in `equations`.
+    Source: [CFT], the regulariser in its closed form; the formulas are those of `equations`.
     """
     rows = chunk_rows or chunk_rows_for(len(head.weight_VD), hidden_MD.device)
     same = tilt is not None and tilt.hidden_MD is hidden_MD and tilt.head is head

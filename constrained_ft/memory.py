@@ -1,10 +1,10 @@
 """How much memory a run will need, before it starts."""
 
 from constrained_ft.config import Config
+from constrained_ft.fused import chunk_rows_for
 from constrained_ft.llm import LLM
 
-_CHUNK_ROWS = 256
-_LIVE_LOGITS = 7  # float32 tensors of [chunk rows, vocabulary] alive in one loss
+_BUFFERS = 3  # float32 tensors of [chunk rows, vocabulary] in one loss
 _RUNTIME_BYTES = 600 * 2**20  # interpreter and libraries
 
 
@@ -17,7 +17,7 @@ def estimate_memory(llm: LLM, config: Config) -> int:
     optimizer = 4 * 4 * trained
     size, width = llm.head.weight_VD.shape
     head = 0 if llm.head.weight_VD.requires_grad else 4 * size * width
-    logits = 4 * _LIVE_LOGITS * _CHUNK_ROWS * size
+    logits = 4 * _BUFFERS * chunk_rows_for(size, llm.device) * size
     # The auxiliary keeps its own float32 embeddings.
     auxiliary = 4 * size * (width + 2 * config.auxiliary.rank)
     text = llm.module.config.get_text_config()

@@ -258,7 +258,6 @@ def test_the_target_and_the_reference_get_no_gradient() -> None:
 
 
 def test_what_the_reference_excludes_stays_excluded() -> None:
-    case = some_case(1)
     case = next(c for c in map(some_case, range(SHAPES)) if c.tilt and len(c.head.weight_VD) > 5)
     assert case.tilt is not None
     bias = torch.zeros(len(case.head.weight_VD))

@@ -75,11 +75,8 @@ def test_a_packed_batch_computes_what_its_sequences_would(shape: str) -> None:
     for sequence, slots, expected in zip(
         SEQUENCES, packed.paths, through_transformers(shape, llm), strict=True
     ):
-        assert (
-            packed.ids_BL.flatten()[slots[1:]].tolist()
-            == list(sequence[1 - len(slots) :])[: len(slots) - 1]
-            or len(slots) == 1
-        )
+        branch = sequence[len(sequence) - len(slots) + 1 :]
+        assert packed.ids_BL.flatten()[slots[1:]].tolist() == list(branch)
         torch.testing.assert_close(states[slots], expected[-len(slots) :], atol=1e-5, rtol=1e-5)
 
 
