@@ -22,7 +22,7 @@ from constrained_ft.errors import ModelError
 GROUPED = "cft_grouped"
 """The name under which transformers knows `grouped_attention`."""
 
-_FOREIGN = ("softcap", "s_aux", "position_bias")
+_FOREIGN = ("s_aux", "position_bias")
 
 
 def grouped_attention(  # noqa: PLR0913
@@ -33,6 +33,7 @@ def grouped_attention(  # noqa: PLR0913
     attention_mask: Float[Tensor, "#B 1 T S"] | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **others: Any,
 ) -> tuple[Float[Tensor, "B T H D"], None]:
     """softmax(q k^T scaling + mask) v, the signature being that of transformers' kernels.
@@ -45,10 +46,11 @@ def grouped_attention(  # noqa: PLR0913
         attention_mask: added to the scores; None attends to everything.
         scaling: of the scores; None is 1 / sqrt(D).
         dropout: share of attention weights dropped.
+        softcap: c of scores that are capped to c tanh(score / c), as in Gemma 2.
         others: what models with another attention ask for.
 
     Raises:
-        ModelError: for a model whose attention is not this one (capped scores, sinks, biases).
+        ModelError: for a model whose attention is not this one (sinks, biases).
     """
     foreign = [name for name in _FOREIGN if others.get(name) is not None]
     if foreign:
@@ -61,6 +63,8 @@ def grouped_attention(  # noqa: PLR0913
     scale = width**-0.5 if scaling is None else scaling
     # The queries that share a head follow one another: one product serves them all.
     scores = (query * scale).reshape(rows, groups, -1, width) @ key.transpose(-1, -2)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if attention_mask is not None:
         shared = scores.view(rows, groups, heads // groups, steps, -1)
         scores = (shared + attention_mask[:, :, None]).view_as(scores)

@@ -31,9 +31,10 @@ from torch import Tensor, nn
 
 from constrained_ft import equations
 from constrained_ft.config import AuxiliaryConfig
+from constrained_ft.decoding import Guide
 from constrained_ft.distributed import seed_everything
 from constrained_ft.errors import CheckpointError
-from constrained_ft.rollouts import Guide, Rollouts
+from constrained_ft.rollouts import Rollouts
 
 LOGIT_LIMIT = 15.0
 _PRIOR_RANGE = (-8.0, 0.0)

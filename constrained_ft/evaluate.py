@@ -20,9 +20,10 @@ from constrained_ft.config import Config
 from constrained_ft.distributed import StopRequest, seed_for
 from constrained_ft.encoding import Row, pad_id
 from constrained_ft.llm import FrozenLLM
+from constrained_ft.packing import pad_right
 from constrained_ft.progress import Display
 from constrained_ft.prompts import Prompt
-from constrained_ft.rollouts import Rollouts, completion_hidden_states, pad_right, sample
+from constrained_ft.rollouts import Rollouts, completion_hidden_states, sample
 from constrained_ft.run_folder import write_atomically
 from constrained_ft.scorers import Scorer, score_all
 
@@ -125,7 +126,8 @@ def evaluate(  # noqa: PLR0913
         prompts,
         samples_per_prompt=config.evaluation.samples_per_prompt,
         max_new_tokens=config.prompts.max_new_tokens,
-        batch_size=config.sampler.batch_size,
+        sampler=config.sampler,
+        top_p=config.evaluation.top_p,
         seed=seed_for(config.seed, "evaluation"),
         iteration=0,
         display=display,

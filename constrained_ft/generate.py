@@ -3,17 +3,19 @@
 from collections.abc import Sequence
 
 from constrained_ft.auxiliary import FrozenAuxiliary
+from constrained_ft.config import SamplerConfig
+from constrained_ft.decoding import Guide
 from constrained_ft.distributed import StopRequest, seed_for
 from constrained_ft.errors import ConfigError
 from constrained_ft.named_models import final_model, find_run, model_at
 from constrained_ft.progress import Display
 from constrained_ft.prompts import check_prompt_lengths, tokenise_prompts
-from constrained_ft.rollouts import Guide, Rollouts, sample
+from constrained_ft.rollouts import Rollouts, sample
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.scorers import build_scorer, probe, score_all
 
 _NEW_TOKENS = 64  # of a model that is no run
-_BATCH_SIZE = 64
+_SAMPLER = SamplerConfig(kind="cft", batch_size=64)
 
 
 def generate_command(  # noqa: PLR0913
@@ -68,7 +70,7 @@ def generate_command(  # noqa: PLR0913
         tokenised,
         samples_per_prompt=n,
         max_new_tokens=max_new_tokens,
-        batch_size=_BATCH_SIZE,
+        sampler=_SAMPLER,
         seed=seed_for(seed, "generate"),
         iteration=0,
         display=display,

@@ -24,6 +24,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -35,7 +36,7 @@ from constrained_ft.distributed import default_device, seed_everything
 from constrained_ft.encoding import pad_id
 from constrained_ft.errors import ModelError
 from constrained_ft.fused import Head
-from constrained_ft.packing import Packed, Tree, pack
+from constrained_ft.packing import Packed, Slots, Tree, pack
 from constrained_ft.resources import explain_model_failure, resolve_model
 from constrained_ft.tiny import CONTEXT_LENGTH, byte_tokenizer, tiny_model
 
@@ -57,6 +58,7 @@ class FrozenLLM:
         self.tokenizer = llm.tokenizer
         self.device = llm.device
         self.bf16 = llm.bf16
+        self.slots = llm.slots
 
     @torch.no_grad()
     def trunk(self, **inputs: Any) -> Any:
@@ -97,15 +99,46 @@ class FrozenLLM:
         hidden: Tensor = self.trunk(**inputs, use_cache=False).last_hidden_state
         return hidden
 
+    @torch.no_grad()
+    def generate(self, **settings: Any) -> Int[Tensor, "B L"]:
+        """transformers' `generate`, as asked for and no more; returns prompts and completions.
+
+        A checkpoint's own defaults (truncation, penalties) would sample from another distribution.
+        """
+        module, defaults = self._llm.module, self._llm.module.generation_config
+        module.generation_config = GenerationConfig()
+        try:
+            with self._llm.autocast():
+                found: Tensor = torch.func.functional_call(
+                    _Generate(module), self._llm.whole(self._trained, self.head), kwargs=settings
+                )
+        finally:
+            module.generation_config = defaults
+        return found
+
     def pack(self, trees: Sequence[Tree]) -> Packed:
         """Lay trees out as this model takes them."""
         return self._llm.pack(trees)
 
     def packed_states(self, packed: Packed) -> Float[Tensor, "S D"]:
         """Last hidden states of every slot of a packed batch."""
+        self.slots.add(int(packed.lengths_B.sum()), packed.ids_BL.numel())
         inputs = self._llm.packed_inputs(packed)
         hidden_BLD: Tensor = self.trunk(**inputs, use_cache=False).last_hidden_state
         return hidden_BLD.flatten(0, 1)
+
+
+class _Generate(nn.Module):
+    """`functional_call` calls `forward` and nothing else."""
+
+    def __init__(self, module: PreTrainedModel) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **settings: Any) -> Tensor:
+        """Token ids."""
+        found: Tensor = self.module.generate(**settings)
+        return found
 
 
 class LLM:
@@ -124,6 +157,8 @@ class LLM:
         self.tokenizer = tokenizer
         self.config = config
         self.device = module.device
+        self.slots = Slots()
+        """What it and its frozen copies have read."""
         self._peft_model = peft_model
         self._bf16 = bf16
         self.trunk: nn.Module = module.base_model
@@ -191,6 +226,7 @@ class LLM:
 
     def packed_states(self, packed: Packed) -> Float[Tensor, "S D"]:
         """Last hidden states of every slot of a packed batch, with gradients."""
+        self.slots.add(int(packed.lengths_B.sum()), packed.ids_BL.numel())
         with self.autocast():
             inputs = self.packed_inputs(packed)
             hidden_BLD: Tensor = self.trunk(**inputs, use_cache=False).last_hidden_state
@@ -208,6 +244,20 @@ class LLM:
             if parameter.requires_grad
         }
         return FrozenLLM(self, trained, self.head.frozen())
+
+    def whole(self, trained: Mapping[str, Tensor], head: Head) -> dict[str, Tensor]:
+        """Trained tensors of the trunk and a head, under their names in `_Generate`."""
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        live = dict(self.trunk.named_parameters())
+        found = {f"module.{names[id(live[name])]}": tensor for name, tensor in trained.items()}
+        # A tied head is the trunk's; a frozen one is the module's own.
+        for parameter, tensor in (
+            (self.head.weight_VD, head.weight_VD),
+            (self.head.bias_V, head.bias_V),
+        ):
+            if parameter is not None and parameter.requires_grad and tensor is not None:
+                found.setdefault(f"module.{names[id(parameter)]}", tensor)
+        return found
 
     def load_trained(self, tensors: Mapping[str, Tensor]) -> None:
         """Put saved values of `trained_parameters` back."""

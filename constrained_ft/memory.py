@@ -1,4 +1,8 @@
-"""How much memory a run will need, before it starts."""
+"""How much memory a run will need, before it starts, and how much it took."""
+
+import sys
+
+import torch
 
 from constrained_ft.config import Config
 from constrained_ft.fused import chunk_rows_for
@@ -6,6 +10,7 @@ from constrained_ft.llm import LLM
 
 _BUFFERS = 3  # float32 tensors of [chunk rows, vocabulary] in one loss
 _RUNTIME_BYTES = 600 * 2**20  # interpreter and libraries
+_MAXRSS_BYTES = 1 if sys.platform == "darwin" else 2**10  # the unit of ru_maxrss
 
 
 def estimate_memory(llm: LLM, config: Config) -> int:
@@ -34,3 +39,24 @@ def estimate_memory(llm: LLM, config: Config) -> int:
     replay = rollouts * config.prompts.max_new_tokens * width * (2 if llm.bf16 else 4) * kept
     total: int = weights + optimizer + head + logits + auxiliary + activations + replay
     return total + _RUNTIME_BYTES
+
+
+def memory_line(peak: int | None, estimate: int) -> str:
+    """Peak memory beside the estimate that the run began with."""
+    if peak is None:
+        return f"memory: {estimate / 2**30:.1f} GiB estimated; this system does not tell the peak"
+    return (
+        f"memory: {peak / 2**30:.1f} GiB at the peak, {estimate / 2**30:.1f} GiB estimated "
+        f"({estimate / peak - 1:+.0%})"
+    )
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes at the peak: the allocator's on a GPU, else the process's; None where unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "win32":
+        return None
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_BYTES

@@ -18,6 +18,19 @@ from torch import Tensor
 _PADDING, _STEM = -2, -1  # in place of a tree's or a branch's number
 
 
+@dataclass
+class Slots:
+    """Tokens that a model has read, and the places that were computed for them."""
+
+    used: int = 0
+    total: int = 0
+
+    def add(self, used: int, total: int) -> None:
+        """Count a forward pass; what is not used is padding or a row that has ended."""
+        self.used += used
+        self.total += total
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tree:
     """A sequence and its continuations."""
@@ -142,3 +155,13 @@ class _Row:
 
 def _table(rows: Sequence[list[int]], length: int, fill: int) -> Int[Tensor, "B L"]:
     return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
+
+
+def pad_right(
+    sequences: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> tuple[Int[Tensor, "B L"], Int[Tensor, " B"]]:
+    """Stack sequences of different length; returns the ids and the lengths."""
+    longest = max(len(sequence) for sequence in sequences)
+    ids = [list(sequence) + [pad] * (longest - len(sequence)) for sequence in sequences]
+    lengths = [len(sequence) for sequence in sequences]
+    return torch.tensor(ids, device=device), torch.tensor(lengths, device=device)

@@ -11,6 +11,7 @@ from constrained_ft.corpus import Corpus, load_corpus
 from constrained_ft.distributed import StopRequest, seed_for
 from constrained_ft.llm import LLM, load_context_length, load_llm, load_tokenizer
 from constrained_ft.optimization import Optimization, build_optimization
+from constrained_ft.phases import Phases
 from constrained_ft.progress import Display
 from constrained_ft.prompts import Prompts, load_prompts
 from constrained_ft.rollouts import LabeledRollouts
@@ -31,6 +32,7 @@ class Parts:
     corpus: Corpus
     display: Display
     stop: StopRequest
+    phases: Phases
     replay: list[LabeledRollouts] = field(default_factory=list)
     """What the auxiliary is fitted to, the newest iteration first."""
 
@@ -81,6 +83,7 @@ def build_parts(config: Config, display: Display, stop: StopRequest) -> Parts:
         corpus=corpus,
         display=display,
         stop=stop,
+        phases=Phases(llm.slots),
     )
 
 

@@ -4,10 +4,12 @@ config.yaml                         fully resolved; what workers read
 command.sh  environment.json        how to get it again: command, versions, machine, seed
 status.json                         state, iteration, last checkpoint, reason, exit code
 metrics.jsonl                       one row an iteration
-rollouts/  samples/  checkpoints/   one entry an iteration
+rollouts/  checkpoints/             one entry an iteration
+samples/                            what the LLM says to fixed prompts, some 14 times
 logs/attempt_1/                     of every start
 final/llm/  final/adapter/  final/auxiliary/
-evaluation.json
+evaluation.json                     the table before and after, with intervals
+phases.json                         where the time and the memory went
 
 Nothing here imports torch.
 """
@@ -38,7 +40,16 @@ State = Literal["running", "finished", "failed", "interrupted", "diverged"]
 # What `clean` may delete; anything else in the folder is not ours.
 _OURS = (
     *("config.yaml", "command.sh", "environment.json", "status.json", "metrics.jsonl"),
-    *("rollouts", "samples", "checkpoints", "logs", "final", "evaluation.json", "report"),
+    *(
+        "rollouts",
+        "samples",
+        "checkpoints",
+        "logs",
+        "final",
+        "evaluation.json",
+        "phases.json",
+        "report",
+    ),
 )
 _PACKAGES = (
     *("constrained-ft", "torch", "transformers", "tokenizers", "datasets", "peft", "safetensors"),
@@ -83,6 +94,11 @@ class RunFolder:
     def evaluation_file(self) -> Path:
         """The table before and after, with intervals."""
         return self.path / "evaluation.json"
+
+    @property
+    def phases_file(self) -> Path:
+        """Seconds, tokens and padding of each phase, and memory at the peak."""
+        return self.path / "phases.json"
 
     @property
     def checkpoints(self) -> Path:

@@ -1,4 +1,4 @@
-"""What the LLM says, on disk: every scored rollout, and a few prompts after each iteration."""
+"""What the LLM says, on disk: every scored rollout, and a few prompts now and then."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,17 +6,19 @@ from pathlib import Path
 
 from constrained_ft import evaluate
 from constrained_ft.config import Config
+from constrained_ft.decoding import Guide
 from constrained_ft.distributed import seed_for
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.parts import Parts
 from constrained_ft.progress import Silent
 from constrained_ft.prompts import Prompt
-from constrained_ft.rollouts import Guide, LabeledRollouts, sample
+from constrained_ft.rollouts import LabeledRollouts, sample
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.scorers import score_all
 from constrained_ft.target import Target
 
 _PROMPTS = 2  # of each group
+_MOST_FILES = 14  # of a run, about: four completions take as long as an optimizer step
 
 
 def record_base(parts: Parts, config: Config, folder: RunFolder) -> None:
@@ -31,9 +33,12 @@ def record_base(parts: Parts, config: Config, folder: RunFolder) -> None:
 def record_iteration(
     parts: Parts, config: Config, folder: RunFolder, target: Target, iteration: int
 ) -> None:
-    """The iteration's rollouts, and what the LLM says to the fixed prompts now."""
+    """The iteration's rollouts, and some 14 times a run what the LLM says to the fixed prompts."""
     if target.iteration == iteration:
         _write_rollouts(folder, parts.replay[0], parts.scorer.version)
+    last = config.trainer.iterations
+    if iteration % -(-last // _MOST_FILES) != 0 and iteration != last:
+        return
     prompts = _fixed_prompts(parts)
     base = [json.loads(line)["base"] for line in folder.samples_file(0).read_text().splitlines()]
     now = parts.llm.frozen()
@@ -62,7 +67,7 @@ def _complete(
         prompts,
         samples_per_prompt=1,
         max_new_tokens=config.prompts.max_new_tokens,
-        batch_size=config.sampler.batch_size,
+        sampler=config.sampler,
         seed=seed_for(config.seed, "fixed prompts"),
         iteration=0,
         display=Silent(),

@@ -23,10 +23,12 @@ from constrained_ft.distributed import StopRequest, default_device, generator_fo
 from constrained_ft.encoding import Row
 from constrained_ft.llm import LLM
 from constrained_ft.optimization import build_optimization
+from constrained_ft.packing import pad_right
 from constrained_ft.parts import Parts, build_auxiliary
+from constrained_ft.phases import Phases
 from constrained_ft.progress import Silent
 from constrained_ft.prompts import Prompt, Prompts
-from constrained_ft.rollouts import Rollouts, pad_right
+from constrained_ft.rollouts import Rollouts
 from constrained_ft.scorers import build_scorer
 
 _MARK = 4.0  # how much a prefix's mark stands out beside its logits
@@ -195,6 +197,7 @@ def table_parts(letters: str, length: int, config: Config, rows: Sequence[Row] =
         corpus=corpus_of(rows),
         display=Silent(),
         stop=StopRequest(),
+        phases=Phases(llm.slots),
     )
 
 

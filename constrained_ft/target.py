@@ -110,11 +110,14 @@ def learn_target(parts: Parts, config: Config, reference: FrozenLLM, iteration: 
         Interrupted: when asked to stop.
     """
     labeled, metrics = learn_auxiliary(parts, config, reference, iteration)
-    target = build_target(labeled, parts.auxiliary.frozen(), reference.head, config)
+    with parts.phases.during("target") as spent:
+        target = build_target(labeled, parts.auxiliary.frozen(), reference.head, config)
+        spent.tokens += int(labeled.rollouts.mask_NT.sum())
     # In bfloat16 the states that decoding leaves differ from those of a forward pass by 8e-4 nat a
     # token, a third of the KL that is trained on; two forward passes differ by 2e-6 (SmolLM2-135M,
     # two CPU cores). In float32 only the last bits differ, but a fresh reference has those.
-    target = target.with_reference(reference)
+    with parts.phases.during("reference"):
+        target = target.with_reference(reference)
     return replace(target, metrics=target.metrics | metrics)
 
 
@@ -128,34 +131,39 @@ def learn_auxiliary(
         iteration, config.prompts.prompts_per_iteration, config.seed
     )
     display.phase("sampling", len(prompts) * config.prompts.samples_per_prompt)
-    rollouts = sample(
-        reference,
-        prompts,
-        samples_per_prompt=config.prompts.samples_per_prompt,
-        max_new_tokens=config.prompts.max_new_tokens,
-        batch_size=config.sampler.batch_size,
-        seed=config.seed,
-        iteration=iteration,
-        display=display,
-        stop=stop,
-    )
+    with parts.phases.during("sampling"):
+        rollouts = sample(
+            reference,
+            prompts,
+            samples_per_prompt=config.prompts.samples_per_prompt,
+            max_new_tokens=config.prompts.max_new_tokens,
+            sampler=config.sampler,
+            seed=config.seed,
+            iteration=iteration,
+            display=display,
+            stop=stop,
+        )
     display.phase("scoring", len(rollouts.texts))
-    labeled = label(rollouts, parts.scorer, config.constraint)
+    with parts.phases.during("scoring") as spent:
+        labeled = label(rollouts, parts.scorer, config.constraint)
+        spent.tokens += int(rollouts.mask_NT.sum())
     satisfaction = float(labeled.satisfied_N.float().mean())
     display.advance(len(rollouts.texts), satisfaction=satisfaction)
     if not parts.replay:
         parts.auxiliary.start_at(float(labeled.labels_N.mean()))
     parts.remember(labeled, config.auxiliary.replay_iterations)
     display.phase("fitting the auxiliary", config.auxiliary.max_epochs)
-    metrics = fit_auxiliary(
-        parts.auxiliary,
-        reference.head,
-        parts.replay,
-        config.auxiliary,
-        seed=config.seed,
-        display=display,
-        stop=stop,
-    )
+    with parts.phases.during("auxiliary") as spent:
+        metrics = fit_auxiliary(
+            parts.auxiliary,
+            reference.head,
+            parts.replay,
+            config.auxiliary,
+            seed=config.seed,
+            display=display,
+            stop=stop,
+        )
+        spent.tokens += sum(int(past.rollouts.mask_NT.sum()) for past in parts.replay)
     lengths_N = rollouts.mask_NT.sum(-1).float()
     return labeled, metrics | {
         "rollouts/satisfaction": satisfaction,

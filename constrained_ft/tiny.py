@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    GemmaConfig,
     GPT2Config,
     LlamaConfig,
     PreTrainedConfig,
@@ -50,8 +51,9 @@ def tiny_model(shape: str, seed: int) -> PreTrainedModel:
     """A random model of about 100,000 parameters.
 
     Args:
-        shape: `llama` (rotary, tied head), `gpt2` (absolute positions, tied head) or `qwen2`
-            (rotary, biases, untied head, vocabulary padded beyond the tokenizer).
+        shape: `llama` (rotary, tied head), `gpt2` (absolute positions, tied head), `qwen2`
+            (rotary, biases, untied head, vocabulary padded beyond the tokenizer) or `gemma`
+            (rotary, heads wider than the states, scaled embeddings, tied head).
         seed: of the initial weights.
 
     Raises:
@@ -73,6 +75,9 @@ def tiny_model(shape: str, seed: int) -> PreTrainedModel:
         case "qwen2":
             padded = {"vocab_size": 272, "tie_word_embeddings": False}
             config = Qwen2Config.from_dict(common | rotary | padded)
+        case "gemma":
+            wide = {"head_dim": 32, "num_key_value_heads": 1, "tie_word_embeddings": True}
+            config = GemmaConfig.from_dict(common | rotary | wide)
         case "gpt2":
             absolute = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT_LENGTH}
             no_dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
@@ -80,7 +85,7 @@ def tiny_model(shape: str, seed: int) -> PreTrainedModel:
         case _:
             raise ConfigError(
                 f"llm.model_name_or_path: no tiny model has the shape {shape!r}; "
-                "use tiny:llama, tiny:gpt2 or tiny:qwen2"
+                "use tiny:llama, tiny:gpt2, tiny:qwen2 or tiny:gemma"
             )
     with seed_everything(seed):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

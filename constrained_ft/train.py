@@ -6,12 +6,13 @@ Meng et al. 2024, arXiv:2410.05559. What each line means is in the module it cal
 import time
 from dataclasses import replace
 
-from constrained_ft import checkpoint, evaluate, metrics
+from constrained_ft import checkpoint, evaluate, metrics, phases
 from constrained_ft.config import Config
 from constrained_ft.distributed import StopRequest
 from constrained_ft.evaluate import Evaluation
 from constrained_ft.finetune import update_llm
 from constrained_ft.llm import load_frozen
+from constrained_ft.memory import estimate_memory, memory_line, peak_memory
 from constrained_ft.parts import Parts, build_parts
 from constrained_ft.placement import Done, Inline, Pending, Placement
 from constrained_ft.preflight import evaluate_held_out, look_before
@@ -40,7 +41,8 @@ def train(
     """
     parts = build_parts(config, display, stop)
     placement: Placement = Inline()
-    base = look_before(parts, config, folder)
+    with parts.phases.during("evaluation"):
+        base = look_before(parts, config, folder)
     done, target = _restore(parts, config, folder)
     last = config.trainer.iterations
     alternating = config.trainer.schedule == "alternating"
@@ -64,8 +66,10 @@ def train(
         updated = time.monotonic()
 
         target = pending.wait()  # nothing is in flight past this line, so it is safe to save
-        record_iteration(parts, config, folder, target, iteration)
-        checkpoint.save(folder.checkpoints, iteration, parts, target.reference)
+        with parts.phases.during("samples"):
+            record_iteration(parts, config, folder, target, iteration)
+        with parts.phases.during("checkpoint"):
+            checkpoint.save(folder.checkpoints, iteration, parts, target.reference)
         if target.iteration == iteration:  # the last overlapped iteration learns none
             row |= target.metrics
         row |= {"time/target": learned - started, "time/update": updated - learned}
@@ -82,19 +86,21 @@ def _update(parts: Parts, target: Target, config: Config, iteration: int) -> dic
     """Stage 2, with the reference that the configuration asks for."""
     lag = iteration - target.iteration
     if lag > 0 and config.trainer.reference == "fresh":
-        target = target.with_reference(parts.llm.frozen())
-    row = update_llm(
-        parts.llm,
-        target,
-        parts.corpus,
-        parts.optimization,
-        config.trainer,
-        iteration=iteration,
-        seed=config.seed,
-        kl_limit=config.guard.kl_limit,
-        display=parts.display,
-        stop=parts.stop,
-    )
+        with parts.phases.during("reference"):
+            target = target.with_reference(parts.llm.frozen())
+    with parts.phases.during("update"):
+        row = update_llm(
+            parts.llm,
+            target,
+            parts.corpus,
+            parts.optimization,
+            config.trainer,
+            iteration=iteration,
+            seed=config.seed,
+            kl_limit=config.guard.kl_limit,
+            display=parts.display,
+            stop=parts.stop,
+        )
     return row | {"target/lag": float(lag)}
 
 
@@ -116,11 +122,24 @@ def _finish(parts: Parts, config: Config, folder: RunFolder, base: Evaluation) -
     final = parts.llm.frozen()
     learn_auxiliary(parts, config, final, config.trainer.iterations + 1)
     parts.display.phase("writing the final model", 1)
-    parts.llm.export(folder.final_llm, folder.final_adapter)
-    parts.auxiliary.frozen().save(folder.final_auxiliary)
+    with parts.phases.during("checkpoint"):
+        parts.llm.export(folder.final_llm, folder.final_adapter)
+        parts.auxiliary.frozen().save(folder.final_auxiliary)
     parts.display.advance()
-    tuned = evaluate_held_out(parts, config, final, "tuned", load_frozen(config.llm))
+    with parts.phases.during("evaluation"):
+        tuned = evaluate_held_out(parts, config, final, "tuned", load_frozen(config.llm))
     evaluations = [base, tuned]
     evaluate.save(folder.evaluation_file, evaluations, config)
     parts.display.table("Held-out prompts and text", *evaluate.table(evaluations))
+    _say_where_time_went(parts, config, folder)
     return evaluations
+
+
+def _say_where_time_went(parts: Parts, config: Config, folder: RunFolder) -> None:
+    """Phases and memory of this process, to the person and to the run folder."""
+    spent, peak = parts.phases.spent(), peak_memory(parts.llm.device)
+    estimate = estimate_memory(parts.llm, config)
+    memory = {"peak_bytes": peak, "estimated_bytes": estimate}
+    phases.save(folder.phases_file, spent, memory)
+    parts.display.table("Where the time went", *phases.table(spent))
+    parts.display.note(memory_line(peak, estimate))

@@ -93,7 +93,7 @@ def _sample(
         prompts,
         samples_per_prompt=count,
         max_new_tokens=config.prompts.max_new_tokens,
-        batch_size=config.sampler.batch_size,
+        sampler=config.sampler,
         seed=config.seed,
         iteration=iteration,
         display=Silent(),

@@ -31,7 +31,7 @@ SMALL = (
     "evaluation.max_validation_rows=4",
 )
 LORA = LoraConfig(r=4, alpha=8.0, dropout=0.0, target_modules="all-linear", first_layer=0)
-SHAPES = ["llama", "gpt2", "qwen2"]
+SHAPES = ["llama", "gpt2", "qwen2", "gemma"]
 
 
 def small_config(*overrides: str, lora: bool = False) -> Config:

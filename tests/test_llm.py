@@ -29,7 +29,7 @@ from constrained_ft.llm import (
     load_tokenizer,
     plain_config,
 )
-from constrained_ft.rollouts import pad_right
+from constrained_ft.packing import pad_right
 from constrained_ft.target import learn_target
 from constrained_ft.tiny import byte_tokenizer, tiny_model
 from constrained_ft.train import _update

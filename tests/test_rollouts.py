@@ -2,6 +2,7 @@
 
 import signal
 from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -9,24 +10,24 @@ import torch
 from scipy import stats
 from small import SHAPES, prompt, tiny_llm
 from torch import Tensor
+from transformers import TopPLogitsWarper
 
 from constrained_ft import equations
-from constrained_ft.auxiliary import Auxiliary
+from constrained_ft.auxiliary import Auxiliary, FrozenAuxiliary
 from constrained_ft.compose import compose
-from constrained_ft.config import AuxiliaryConfig, ConstraintConfig, LettersScorerConfig
+from constrained_ft.config import (
+    AuxiliaryConfig,
+    ConstraintConfig,
+    LettersScorerConfig,
+    SamplerConfig,
+)
+from constrained_ft.decoding import Guide, inverse_cdf, truncate
 from constrained_ft.distributed import StopRequest, generator_for
 from constrained_ft.errors import Interrupted
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.progress import Silent
 from constrained_ft.prompts import Prompt
-from constrained_ft.rollouts import (
-    Guide,
-    Rollouts,
-    completion_hidden_states,
-    inverse_cdf,
-    label,
-    sample,
-)
+from constrained_ft.rollouts import Rollouts, completion_hidden_states, label, sample
 from constrained_ft.scorers import build_scorer
 
 PROMPTS = [prompt(text) for text in ("the cat sat", "a", "on and on it went, until")]
@@ -41,18 +42,21 @@ def draw(
     steps: int = 6,
     batch_size: int = 64,
     guide: Guide | None = None,
+    kind: Literal["cft", "hf"] = "cft",
+    top_p: float = 1.0,
 ) -> Rollouts:
     return sample(
         llm,
         prompts,
         samples_per_prompt=n,
         max_new_tokens=steps,
-        batch_size=batch_size,
+        sampler=SamplerConfig(kind=kind, batch_size=batch_size),
         seed=0,
         iteration=1,
         display=Silent(),
         stop=StopRequest(),
         guide=guide,
+        top_p=top_p,
     )
 
 
@@ -155,6 +159,81 @@ def test_the_sampler_draws_what_generate_draws(shape: str) -> None:
             assert same_distribution(mine, others)
 
 
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_generate_as_the_sampler_draws_the_same_distribution(shape: str, *, lora: bool) -> None:
+    live = tiny_llm(shape, sharpness=3.0, lora=lora)
+    with torch.no_grad():
+        for number, parameter in enumerate(live.trained_parameters().values()):
+            generator = generator_for(number, "weights")
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    # A checkpoint's own defaults do not count.
+    live.module.generation_config.repetition_penalty = 5.0
+    frozen = live.frozen()
+    expected, count = draw(frozen, n=3000, steps=2, batch_size=3000), 3000
+    with torch.no_grad():  # the frozen copy is what is sampled from
+        for parameter in live.trained_parameters().values():
+            parameter.zero_()
+    found = draw(frozen, n=count, steps=2, batch_size=count, kind="hf")
+    again = draw(frozen, n=count, steps=2, batch_size=count, kind="hf")
+    assert torch.equal(found.ids_NT, again.ids_NT)
+    assert live.module.generation_config.repetition_penalty == 5.0
+    for prompt_index in range(len(PROMPTS)):
+        for step in range(2):
+            rows = expected.prompt_N == prompt_index
+            ours, theirs = (
+                torch.where(one.mask_NT, one.ids_NT, 0)[rows, step] for one in (expected, found)
+            )
+            assert same_distribution(ours, theirs)
+    for rollouts in (expected, found):
+        rows = torch.arange(0, len(rollouts.texts), 500)
+        mask = rollouts.mask_NT[rows]
+        again_NTD = completion_hidden_states(frozen, rollouts, rows)
+        kept_NTD = rollouts.hidden_NTD[rows]
+        torch.testing.assert_close(kept_NTD[mask], again_NTD[mask], atol=1e-5, rtol=1e-4)
+
+
+def test_generate_ends_where_the_sampler_ends() -> None:
+    live = tiny_llm("llama", sharpness=4.0)
+    with torch.no_grad():
+        live.head.weight_VD[0] *= 1.5  # the end of text
+    found = draw(live.frozen(), n=60, steps=8, kind="hf")
+    lengths = found.mask_NT.sum(-1)
+    assert lengths.min() < 4
+    assert lengths.max() == 8
+    for row, length in enumerate(lengths.tolist()):
+        ids = found.ids_NT[row].tolist()
+        assert found.mask_NT[row].tolist() == [True] * length + [False] * (len(ids) - length)
+        assert 0 not in ids[: length - 1]
+        assert ids[length - 1] == 0 or length == 8
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.9999])
+@pytest.mark.parametrize("size", [5, 300, 5000])
+def test_truncation_keeps_what_transformers_keeps(top_p: float, size: int) -> None:
+    logits = torch.randn(8, size, generator=generator_for(size, "logits"), dtype=torch.float64)
+    logits = logits * torch.linspace(0.5, 6, 8)[:, None]  # flat to sharp
+    warped = TopPLogitsWarper(top_p)(torch.empty(0), logits)
+    kept = truncate(logits.softmax(-1), top_p)
+    assert torch.equal(kept > 0, warped.isfinite())
+    torch.testing.assert_close(kept / kept.sum(-1, keepdim=True), warped.softmax(-1))
+    assert truncate(logits, 1.0) is logits
+
+
+def test_truncated_samples_come_from_the_nucleus() -> None:
+    llm = tiny_llm(sharpness=3.0).frozen()
+    for kind in ("cft", "hf"):
+        rollouts = draw(llm, PROMPTS[:1], n=4000, steps=1, batch_size=4000, kind=kind, top_p=0.6)
+        probs_V = llm.head(rollouts.hidden_NTD[0, 0]).softmax(-1)
+        nucleus_V = truncate(probs_V[None], 0.6)[0]
+        drawn = rollouts.ids_NT[:, 0].bincount(minlength=len(probs_V))
+        assert torch.equal(drawn[nucleus_V == 0], torch.zeros_like(drawn[nucleus_V == 0]))
+        some = nucleus_V > 0
+        expected = (nucleus_V / nucleus_V.sum())[some].double() * 4000
+        if some.sum() > 1:
+            assert stats.chisquare(drawn[some], expected, sum_check=False).pvalue > SURE
+
+
 def test_samples_do_not_depend_on_batches_or_on_the_order_of_prompts() -> None:
     llm = tiny_llm(sharpness=2.0).frozen()
     expected = as_lists(draw(llm))
@@ -182,14 +261,60 @@ def test_the_states_that_decoding_keeps_are_those_of_a_forward_pass(shape: str) 
         torch.testing.assert_close(kept, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_rows_end_with_the_end_of_text_and_padding_is_masked() -> None:
-    llm = tiny_llm("qwen2", sharpness=4.0)
+def random_auxiliary(llm: FrozenLLM, kind: str) -> FrozenAuxiliary:
+    embeddings_VD = llm.head.weight_VD
+    config = AuxiliaryConfig(**compose([f"auxiliary={kind}"]).auxiliary.model_dump())
+    generator = generator_for(0, "prior")
+    prior_V = torch.randn(len(embeddings_VD), generator=generator).clamp(max=0) * 2
+    auxiliary = Auxiliary(config, embeddings_VD, prior_V, seed=0)
     with torch.no_grad():
-        bias = torch.zeros(llm.head.weight_VD.shape[0])
-        bias[0] = 6.0  # the end of text, which is the padding too
-        bias[257:] = 50.0  # rows beyond the tokenizer, never sampled
-    frozen = llm.frozen()
+        for parameter in auxiliary.parameters():
+            noise = torch.randn(parameter.shape, generator=generator_for(0, "weights"))
+            parameter.add_(0.1 * noise)
+    return auxiliary.eval().frozen()
+
+
+def one_that_ends(shape: str) -> FrozenLLM:
+    """A tiny model whose completions end after a few tokens."""
+    frozen = tiny_llm(shape, sharpness=4.0).frozen()
+    bias = torch.zeros(frozen.head.weight_VD.shape[0])
+    bias[0] = 6.0  # the end of text, which is the padding too
+    bias[257:] = 50.0  # rows beyond the tokenizer, never sampled
     frozen.head = replace(frozen.head, bias_V=bias)
+    return frozen
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_that_ended_are_taken_out_and_the_others_do_not_notice(
+    shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen, read = one_that_ends(shape), []
+    forward = FrozenLLM.read
+
+    def counting(llm: FrozenLLM, ids_BL: Tensor, *others: Any) -> Any:
+        read.append(len(ids_BL))
+        return forward(llm, ids_BL, *others)
+
+    monkeypatch.setattr(FrozenLLM, "read", counting)
+    guided = random_auxiliary(frozen, "additive").guide()
+    outcomes = []
+    for retire_at in (0.75, 0.0):
+        monkeypatch.setattr("constrained_ft.decoding._RETIRE_AT", retire_at)
+        for guide in (None, guided):
+            read.clear()
+            outcomes.append((draw(frozen, n=40, steps=10, guide=guide), read[-1]))
+    for (retiring, last), (staying, all_rows) in zip(outcomes[:2], outcomes[2:], strict=True):
+        assert last < all_rows / 2
+        mask = staying.mask_NT
+        assert torch.equal(retiring.mask_NT, mask)
+        assert torch.equal(retiring.ids_NT[mask], staying.ids_NT[mask])
+        torch.testing.assert_close(
+            retiring.hidden_NTD[mask], staying.hidden_NTD[mask], atol=1e-5, rtol=1e-4
+        )
+
+
+def test_rows_end_with_the_end_of_text_and_padding_is_masked() -> None:
+    frozen = one_that_ends("qwen2")
     rollouts = draw(frozen, n=40, steps=10)
     lengths = rollouts.mask_NT.sum(-1)
     assert lengths.min() == 1
@@ -200,7 +325,7 @@ def test_rows_end_with_the_end_of_text_and_padding_is_masked() -> None:
         assert 0 not in ids[: length - 1]
         assert ids[length - 1] == 0 or length == 10
         assert max(ids[:length]) < 257
-        assert rollouts.texts[row] == llm.tokenizer.decode([i for i in ids[:length] if i != 0])
+        assert rollouts.texts[row] == frozen.tokenizer.decode([i for i in ids[:length] if i != 0])
 
 
 def test_verdicts_follow_the_constraint() -> None:
@@ -229,7 +354,7 @@ def test_a_stop_request_is_heard_between_batches() -> None:
             PROMPTS,
             samples_per_prompt=1,
             max_new_tokens=2,
-            batch_size=1,
+            sampler=SamplerConfig(kind="cft", batch_size=1),
             seed=0,
             iteration=1,
             display=Silent(),
@@ -243,16 +368,7 @@ def test_a_stop_request_is_heard_between_batches() -> None:
 @pytest.mark.parametrize("kind", ["additive", "transformer", "head"])
 def test_guided_decoding_draws_from_the_target(kind: str) -> None:
     llm = tiny_llm(sharpness=4.0).frozen()
-    embeddings_VD = llm.head.weight_VD
-    config = AuxiliaryConfig(**compose([f"auxiliary={kind}"]).auxiliary.model_dump())
-    prior_V = torch.randn(257, generator=generator_for(0, "prior")).clamp(max=0) * 2
-    auxiliary = Auxiliary(config, embeddings_VD, prior_V, seed=0)
-    with torch.no_grad():
-        for parameter in auxiliary.parameters():
-            noise = torch.randn(parameter.shape, generator=generator_for(0, "weights"))
-            parameter.add_(0.1 * noise)
-    auxiliary.eval()
-    frozen = auxiliary.frozen()
+    frozen = random_auxiliary(llm, kind)
     rollouts = draw(llm, n=3, steps=5, guide=frozen.guide())
     uniforms = {}
     for one in PROMPTS:

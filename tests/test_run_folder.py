@@ -44,6 +44,7 @@ def test_the_paths_are_those_that_users_are_told(tmp_path: Path) -> None:
         folder.config_file: "config.yaml",
         folder.metrics_file: "metrics.jsonl",
         folder.evaluation_file: "evaluation.json",
+        folder.phases_file: "phases.json",
         folder.rollouts_file(1): "rollouts/iteration_0001.jsonl",
         folder.samples_file(12): "samples/iteration_0012.jsonl",
         folder.checkpoint(3): "checkpoints/iteration_0003",
