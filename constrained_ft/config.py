@@ -299,10 +299,12 @@ class TrainerConfig(Section):
     per corpus token. 0 is plain fine-tuning."""
     corpus: bool
     """Train on the corpus. false leaves the KL alone: the LLM moves towards q* and nothing else."""
-    reference: Literal["fresh", "matched"]
-    """The p inside q* of a stale target. fresh: the LLM at the start of the update. matched: the
-    LLM that the auxiliary was fitted to. They coincide when alternating. Where each iteration goes
-    all the way to its target, fresh asks for the same correction twice: use matched there."""
+    reference: Literal["fresh", "matched", "live"]
+    """The p inside q*. fresh: the LLM at the start of the update, frozen. matched: the LLM that the
+    auxiliary was fitted to, frozen; when alternating the two coincide. Where each iteration goes
+    all the way to its target, fresh asks for the same correction twice when overlapped: use matched
+    there. live: the LLM at every step, without gradient, so that nothing holds it where the
+    iteration began; for short iterations."""
     prefixes: Literal["weighted", "accepted"]
     """Prefixes that carry the KL. weighted: all rollouts, weighted by R(prefix) / R(prompt).
     accepted: by the label over R(prompt)."""

@@ -15,6 +15,7 @@ many tokens as the mean completion has count as one sequence.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Int
@@ -122,7 +123,9 @@ def backward_of_step(
     ce_sum, kl_sum = 0.0, 0.0
     for rows, part_N in zip(passes, used_N.tensor_split(len(passes)), strict=True):
         if rows or len(part_N) > 0:
-            ce, kl = _backward_of_pass(llm, target, part_N, rows, 1.0 / tokens, scale)
+            ce, kl = _backward_of_pass(
+                llm, target, part_N, rows, 1.0 / tokens, scale, live=config.reference == "live"
+            )
             ce_sum, kl_sum = ce_sum + ce, kl_sum + kl
     return {
         "update/ce": ce_sum / tokens if batches else 0.0,
@@ -143,15 +146,19 @@ def _corpus_counts(
     return (tokens, sequences) if batches else (completion_length, 1.0)
 
 
-def _backward_of_pass(
+def _backward_of_pass(  # noqa: PLR0913
     llm: LLM,
     target: Target,
     rows_N: Int[Tensor, " N"],
     corpus: Sequence[Row],
     ce_scale: float,
     kl_scale: float,
+    *,
+    live: bool,
 ) -> tuple[float, float]:
     """Backward of both terms, through the trunk once.
+
+    Where the reference is live, q* is that of the LLM as it is, without gradient.
 
     Returns:
         The sum of cross-entropies and the sum of share w KL, unscaled, in nats.
@@ -165,7 +172,10 @@ def _backward_of_pass(
         part.to(llm.device) for part in _ce_places(corpus, packed.stems[len(trees) :])
     )
     # They share no rows: no prefix of a rollout is a prefix of the corpus.
-    kl = fused_losses(states_SD[slots_M], llm.head, tilt=target.tilt(rows_M, steps_M)).loss
+    hidden_MD, tilt = states_SD[slots_M], target.tilt(rows_M, steps_M)
+    if live:
+        tilt = replace(tilt, hidden_MD=hidden_MD, head=llm.head)
+    kl = fused_losses(hidden_MD, llm.head, tilt=tilt).loss
     labels = Labels(next_M=next_M, weights_M=torch.ones(len(next_M), device=llm.device))
     ce = fused_losses(states_SD[predicting_M], llm.head, labels=labels).loss
     (kl_scale * kl + ce_scale * ce).backward()

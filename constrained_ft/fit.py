@@ -170,14 +170,16 @@ def _descend(  # noqa: PLR0913
 
 def _settle_scalars(auxiliary: Auxiliary, sample: Examples) -> None:
     """Fit biases and the prior's gain alone: AdamW's small steps would take epochs over them."""
+    scalars = auxiliary.scalars
     optimizer = torch.optim.LBFGS(
-        auxiliary.scalars, max_iter=20, line_search_fn="strong_wolfe", tolerance_grad=1e-5
+        scalars, max_iter=20, line_search_fn="strong_wolfe", tolerance_grad=1e-5
     )
 
     def closure() -> float:
-        optimizer.zero_grad()
         loss = _loss(auxiliary, _NO_HEAD, sample, 0.0, 0.0)
-        loss.backward()
+        gradients = torch.autograd.grad(loss, scalars, allow_unused=True)
+        for scalar, gradient in zip(scalars, gradients, strict=True):
+            scalar.grad = gradient
         return float(loss.detach())
 
     optimizer.step(closure)

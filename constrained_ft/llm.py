@@ -137,7 +137,7 @@ class _Generate(nn.Module):
 
     def forward(self, **settings: Any) -> Tensor:
         """Token ids."""
-        found: Tensor = self.module.generate(**settings)
+        found: Tensor = self.module.generate(**settings)  # type: ignore[operator]  # a method that transformers mixes in
         return found
 
 

@@ -1,6 +1,8 @@
 """How much memory a run will need, before it starts, and how much it took."""
 
+import ctypes
 import sys
+from contextlib import suppress
 
 import torch
 
@@ -49,6 +51,16 @@ def memory_line(peak: int | None, estimate: int) -> str:
         f"memory: {peak / 2**30:.1f} GiB at the peak, {estimate / 2**30:.1f} GiB estimated "
         f"({estimate / peak - 1:+.0%})"
     )
+
+
+def release_freed() -> None:
+    """Give memory that nothing uses back to the system, where the C library can be asked to.
+
+    What is freed is kept for the next tensors otherwise (`cli/settings.py`), in pieces that fit
+    ever fewer of them: a process of 1.3 GiB grew to 6 in thirty iterations.
+    """
+    with suppress(OSError, AttributeError):  # another system, another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -12,7 +12,7 @@ from constrained_ft.distributed import StopRequest
 from constrained_ft.evaluate import Evaluation
 from constrained_ft.finetune import update_llm
 from constrained_ft.llm import load_frozen
-from constrained_ft.memory import estimate_memory, memory_line, peak_memory
+from constrained_ft.memory import estimate_memory, memory_line, peak_memory, release_freed
 from constrained_ft.parts import Parts, build_parts
 from constrained_ft.placement import Done, Inline, Pending, Placement
 from constrained_ft.preflight import evaluate_held_out, look_before
@@ -75,6 +75,7 @@ def train(
         row |= {"time/target": learned - started, "time/update": updated - learned}
         row |= {"iteration": iteration, "time/iteration": time.monotonic() - started}
         metrics.append(folder.metrics_file, row)
+        release_freed()
         folder.write_status(
             "running", iteration=iteration, last_checkpoint=f"iteration_{iteration:04d}"
         )

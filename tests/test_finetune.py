@@ -95,9 +95,10 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
 # Where it comes to rest ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("reference", ["fresh", "live"])
 @pytest.mark.parametrize(("kl_weight", "prompted"), [(1.0, True), (4.0, True), (4.0, False)])
 def test_satisfaction_at_rest_follows_the_law_of_lambda(
-    *, kl_weight: float, prompted: bool
+    *, kl_weight: float, prompted: bool, reference: str
 ) -> None:
     config = compose(
         [
@@ -108,6 +109,7 @@ def test_satisfaction_at_rest_follows_the_law_of_lambda(
             "trainer.rollouts_per_step=32",
             "trainer.learning_rate=0.1",
             "trainer.per_device_train_batch_size=20",
+            f"trainer.reference={reference}",
         ]
     )
     # Of 20 completions of the one prompt, all of two tokens, 11 break the constraint: no c.
@@ -130,12 +132,20 @@ def test_satisfaction_at_rest_follows_the_law_of_lambda(
 # The loss -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("reference", ["fresh", "live"])
 @pytest.mark.parametrize("prompted", [True, False])
 def test_the_gradient_is_that_of_the_loss_written_out(
-    small: tuple[Parts, Target, TrainerConfig], *, prompted: bool
+    small: tuple[Parts, Target, TrainerConfig], *, prompted: bool, reference: str
 ) -> None:
     parts, target, config = small
     llm, rows = parts.llm, text_rows(prompted=prompted)
+    config = config.model_copy(update={"reference": reference})
+    # The LLM has moved away from the reference, and not little.
+    noise = torch.randn(
+        target.reference.hidden_NTD.shape, generator=torch.Generator().manual_seed(3)
+    )
+    moved = replace(target.reference, hidden_NTD=target.reference.hidden_NTD + 0.5 * noise)
+    target = replace(target, reference=moved)
     ours, numbers = step(llm, target, [rows], config, 12)
     module = llm.module
     ce, tokens = torch.zeros(()), 0
@@ -155,6 +165,8 @@ def test_the_gradient_is_that_of_the_loss_written_out(
         logprobs_TV = module(torch.tensor([x + y])).logits[0, len(x) - 1 : -1].log_softmax(-1)
         for t in range(len(y)):
             log_p_V = target.reference.head(target.reference.hidden_NTD[n, t]).log_softmax(-1)
+            if reference == "live":
+                log_p_V = logprobs_TV[t].detach()
             u_V = target.table.logits(target.factors_NTR[n, t], target.offset_NT[n, t])
             q_V = (log_p_V.exp() * u_V.sigmoid()).detach()
             q_V = q_V / q_V.sum()

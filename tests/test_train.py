@@ -175,7 +175,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
     content[-3] ^= 1
     file.write_bytes(bytes(content))
     folder, notes = go_on(config, tmp_path)
-    assert notes == [
+    assert notes[:2] == [
         "checkpoint passed over: iteration_0002: llm.safetensors is damaged",
         "continuing after iteration 1, from iteration_0001",
     ]
