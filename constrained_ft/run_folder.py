@@ -5,7 +5,7 @@ command.sh  environment.json        how to get it again: command, versions, mach
 status.json                         state, iteration, last checkpoint, reason, exit code
 metrics.jsonl                       one row an iteration
 rollouts/  checkpoints/             one entry an iteration
-samples/                            what the LLM says to fixed prompts, some 14 times
+samples/                            what the LLM says to fixed prompts, some 8 times
 logs/attempt_1/                     of every start
 final/llm/  final/adapter/  final/auxiliary/
 evaluation.json                     the table before and after, with intervals

@@ -18,7 +18,7 @@ from constrained_ft.scorers import score_all
 from constrained_ft.target import Target
 
 _PROMPTS = 2  # of each group
-_MOST_FILES = 14  # of a run, about: four completions take as long as an optimizer step
+_MOST_FILES = 8  # of a run, about: four completions take as long as an optimizer step
 
 
 def record_base(parts: Parts, config: Config, folder: RunFolder) -> None:
@@ -33,7 +33,7 @@ def record_base(parts: Parts, config: Config, folder: RunFolder) -> None:
 def record_iteration(
     parts: Parts, config: Config, folder: RunFolder, target: Target, iteration: int
 ) -> None:
-    """The iteration's rollouts, and some 14 times a run what the LLM says to the fixed prompts."""
+    """The iteration's rollouts, and some 8 times a run what the LLM says to the fixed prompts."""
     if target.iteration == iteration:
         _write_rollouts(folder, parts.replay[0], parts.scorer.version)
     last = config.trainer.iterations
