@@ -24,9 +24,7 @@ from constrained_ft.packing import pad_right
 
 _BLOCK = 256  # width of the first level of the inverse CDF
 _TOP_K = 128  # tokens looked at first for a nucleus
-_RETIRE_AT = (
-    0.75  # share of rows still going at which the others are taken out: a copy of the cache
-)
+_RETIRE_AT = 0.75  # rows that ended are taken out, a copy of the cache, at this share of the rest
 
 Guide = Callable[[Tensor, Tensor], Tensor]
 """Hidden states [B, t + 1, D] and completion tokens [B, t] so far -> log R of every next token."""
