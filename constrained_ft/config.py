@@ -48,8 +48,9 @@ class LLMConfig(Section):
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"]
     """Attention kernel, as in transformers. auto: sdpa on GPUs; on CPUs, where the model takes it,
     one of this package's own that copies no keys and values."""
-    gradient_checkpointing: bool
-    """Recompute activations in the backward pass: less memory, more time."""
+    gradient_checkpointing: bool | Literal["auto"]
+    """Recompute activations in the backward pass: less memory, more time. auto: where the memory
+    that the run is estimated to need is not there without it."""
     lora: LoraConfig | None
     """null trains all weights."""
 

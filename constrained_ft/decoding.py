@@ -3,9 +3,9 @@
 Shape suffixes:  S prompts, L prompt positions, B rows decoded together, G of them that are not
 finished, T completion positions, D hidden width, V vocabulary.
 
-Each prompt is read once and its cache repeated for its completions; a token costs each row one
-uniform number; rows that have ended are taken out; the hidden states that predict each token are
-kept.
+Each prompt is read once, without padding, and its cache repeated for its completions; a token costs
+each row one uniform number; rows that have ended are taken out; the hidden states that predict each
+token are kept.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from constrained_ft.attention import grow_in_place
 from constrained_ft.encoding import pad_id
 from constrained_ft.llm import FrozenLLM
-from constrained_ft.packing import pad_right
+from constrained_ft.packing import Tree, pad_right
 
 _BLOCK = 256  # width of the first level of the inverse CDF
 _TOP_K = 128  # tokens looked at first for a nucleus
@@ -120,8 +120,11 @@ def _prefill(
 ) -> tuple[Tensor, Any, Tensor]:
     """The hidden states that predict the first tokens, the cache, and the mask, all repeated."""
     ids_SL, mask_SL = _left_padded(llm, prompts)
-    llm.slots.add(sum(map(len, prompts)), ids_SL.numel())
-    hidden_SD, cache = llm.read(ids_SL, mask_SL)
+    found = _read_packed(llm, prompts, mask_SL) if llm.packs else None
+    if found is None:
+        llm.slots.add(sum(map(len, prompts)), ids_SL.numel())
+        found = llm.read(ids_SL, mask_SL)
+    hidden_SD, cache = found
     grow_in_place(cache)
     cache.batch_repeat_interleave(repeats)
     return (
@@ -129,6 +132,28 @@ def _prefill(
         cache,
         mask_SL.repeat_interleave(repeats, 0),
     )
+
+
+def _read_packed(
+    llm: FrozenLLM, prompts: Sequence[Sequence[int]], mask_SL: Int[Tensor, "S L"]
+) -> tuple[Tensor, DynamicCache] | None:
+    """Read prompts side by side, then move keys and values to where left padding has them.
+
+    Padded to one length, prompts of all lengths waste half of the pass. None where the cache is no
+    list of keys and values.
+    """
+    packed = llm.pack([Tree(stem=tuple(ids)) for ids in prompts])
+    states_PD, cache = llm.read_packed(packed)
+    if not _can_select(cache):
+        return None
+    slots_SL = torch.zeros_like(mask_SL)  # what lies at the padding, nothing reads
+    slots_SL[mask_SL.bool()] = torch.cat(packed.stems).to(llm.device)
+    for layer in cache.layers:
+        layer.keys, layer.values = (
+            past_BGLD.transpose(1, 2).flatten(0, 1)[slots_SL].transpose(1, 2)
+            for past_BGLD in (layer.keys, layer.values)
+        )
+    return states_PD[slots_SL[:, -1]], cache
 
 
 def _left_padded(

@@ -21,63 +21,51 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from constrained_ft.config import TrainerConfig
-from constrained_ft.corpus import Corpus
-from constrained_ft.distributed import StopRequest, generator_for
+from constrained_ft.config import Config, TrainerConfig
+from constrained_ft.distributed import generator_for
 from constrained_ft.encoding import Row
 from constrained_ft.errors import DivergedError
 from constrained_ft.fused import Labels, fused_losses
 from constrained_ft.llm import LLM
-from constrained_ft.optimization import Optimization
 from constrained_ft.packing import Packed, Tree
-from constrained_ft.progress import Display
+from constrained_ft.parts import Parts
 from constrained_ft.rollouts import completion_trees
 from constrained_ft.target import Target
 
 
-def update_llm(  # noqa: PLR0913
-    llm: LLM,
-    target: Target,
-    corpus: Corpus,
-    optimization: Optimization,
-    config: TrainerConfig,
-    *,
-    iteration: int,
-    seed: int,
-    kl_limit: float,
-    display: Display,
-    stop: StopRequest,
-) -> dict[str, float]:
+def update_llm(parts: Parts, target: Target, config: Config, iteration: int) -> dict[str, float]:
     """Train the LLM for one iteration; every rollout of the target is used once.
 
     Returns:
         `update/...` of `metrics.METRICS`, means over the steps.
 
     Raises:
-        DivergedError: when a loss is not finite or the KL is above `kl_limit`; before the step.
+        DivergedError: when a loss is not finite or the KL is above `guard.kl_limit`; before the
+            step.
         Interrupted: when asked to stop.
     """
-    display.phase("updating the LLM", config.steps_per_iteration)
+    llm, trainer, optimization = parts.llm, config.trainer, parts.optimization
+    parts.display.phase("updating the LLM", trainer.steps_per_iteration)
     seen: list[dict[str, float]] = []
-    parts = _split_rollouts(target, config.steps_per_iteration, seed, iteration)
-    prompts_per_step = target.num_prompts / config.steps_per_iteration
+    split = _split_rollouts(target, trainer.steps_per_iteration, config.seed, iteration)
+    prompts_per_step = target.num_prompts / trainer.steps_per_iteration
     with llm.training():
-        for index, rows_N in enumerate(parts):
-            stop.check()
-            step = (iteration - 1) * config.steps_per_iteration + index
+        for index, rows_N in enumerate(split):
+            parts.stop.check()
+            step = (iteration - 1) * trainer.steps_per_iteration + index
             batches = [
-                corpus.batch(
-                    step * config.gradient_accumulation_steps + micro,
-                    config.per_device_train_batch_size,
-                    seed,
+                parts.corpus.batch(
+                    step * trainer.gradient_accumulation_steps + micro,
+                    trainer.per_device_train_batch_size,
+                    config.seed,
                 )
-                for micro in range(config.gradient_accumulation_steps if config.corpus else 0)
+                for micro in range(trainer.gradient_accumulation_steps if trainer.corpus else 0)
             ]
             optimization.optimizer.zero_grad()
-            losses = backward_of_step(llm, target, rows_N, batches, config, prompts_per_step)
-            _guard(losses, kl_limit, step)
+            losses = backward_of_step(llm, target, rows_N, batches, trainer, prompts_per_step)
+            _guard(losses, config.guard.kl_limit, step)
             norm = torch.nn.utils.clip_grad_norm_(
-                llm.trained_parameters().values(), config.max_grad_norm
+                llm.trained_parameters().values(), trainer.max_grad_norm
             )
             if not torch.isfinite(norm):
                 raise DivergedError(
@@ -86,7 +74,7 @@ def update_llm(  # noqa: PLR0913
             optimization.optimizer.step()
             optimization.scheduler.step()
             seen.append(losses | {"update/grad_norm": float(norm)})
-            display.advance(1, ce=losses["update/ce"], kl=losses["update/kl"])
+            parts.display.advance(1, ce=losses["update/ce"], kl=losses["update/kl"])
     means = {name: sum(row[name] for row in seen) / len(seen) for name in seen[0]}
     return means | {
         "update/kl_first": seen[0]["update/kl"],

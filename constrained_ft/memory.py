@@ -1,8 +1,10 @@
 """How much memory a run will need, before it starts, and how much it took."""
 
 import ctypes
+import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -11,42 +13,96 @@ from constrained_ft.fused import chunk_rows_for
 from constrained_ft.llm import LLM
 
 _BUFFERS = 3  # float32 tensors of [chunk rows, vocabulary] in one loss
-_RUNTIME_BYTES = 600 * 2**20  # interpreter and libraries
+_SAMPLING_BUFFERS = 4  # the same of [rows, vocabulary] when a token is drawn
+_ACTIVATION_BYTES = {True: 60, False: 100}  # by bf16: a token, hidden unit and layer, for backward
+_USABLE = 0.8  # of the spare memory: estimates err
 _MAXRSS_BYTES = 1 if sys.platform == "darwin" else 2**10  # the unit of ru_maxrss
 
 
-def estimate_memory(llm: LLM, config: Config) -> int:
-    """Bytes at the peak: weights, optimizer, frozen copies, one chunk of logits, activations."""
-    parameters = list(llm.module.parameters())
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    # Gradient, two moments, and the frozen reference, float32 each.
-    optimizer = 4 * 4 * trained
-    size, width = llm.head.weight_VD.shape
-    head = 0 if llm.head.weight_VD.requires_grad else 4 * size * width
-    logits = 4 * _BUFFERS * chunk_rows_for(size, llm.device) * size
-    # The auxiliary keeps its own float32 embeddings.
-    auxiliary = 4 * size * (width + 2 * config.auxiliary.rank)
-    text = llm.module.config.get_text_config()
-    trainer = config.trainer
-    # One pass holds corpus rows and completions, with a prompt of about the same length each.
+def estimate_memory(llm: LLM, config: Config) -> int | None:
+    """Bytes at the peak of a run whose parts are loaded; None where the system does not tell.
+
+    What is held now, what training adds for good, and what its greediest stage adds for a while.
+    """
+    held = held_memory(llm.device)
+    if held is None:
+        return None
+    return max(held + _added_bytes(llm, config), peak_memory(llm.device) or 0)
+
+
+def fits_memory(llm: LLM, config: Config) -> bool:
+    """Whether what a run adds to the LLM is there; true where the system does not tell."""
+    spare = spare_memory(llm.device)
+    return spare is None or _added_bytes(llm, config) < _USABLE * spare
+
+
+def _added_bytes(llm: LLM, config: Config) -> int:
+    stages = _update_bytes(llm, config), _sampling_bytes(llm, config), _export_bytes(llm, config)
+    return _training_bytes(llm, config) + max(stages)
+
+
+def _training_bytes(llm: LLM, config: Config) -> int:
+    """Gradients, moments, frozen copies of what is trained, and rollouts that are kept."""
+    trained = sum(parameter.numel() for parameter in llm.trained_parameters().values())
+    prompts, width = config.prompts, llm.head.weight_VD.shape[1]
+    kept = config.auxiliary.replay_iterations + 2
+    tokens = prompts.prompts_per_iteration * prompts.samples_per_prompt * prompts.max_new_tokens
+    return 4 * 5 * trained + kept * tokens * width * _state_bytes(llm)
+
+
+def _update_bytes(llm: LLM, config: Config) -> int:
+    """Activations of one pass and one chunk of logits."""
+    text, trainer = llm.module.config.get_text_config(), config.trainer
+    # One pass holds corpus rows and completions; a prompt is about as long as a completion.
     completions = -(-trainer.rollouts_per_step // trainer.gradient_accumulation_steps)
     tokens = trainer.per_device_train_batch_size * config.data.max_length
     tokens += completions * 2 * config.prompts.max_new_tokens
-    per_token = 34 * text.hidden_size * (2 if llm.bf16 else 4)
-    layers = 1 if config.llm.gradient_checkpointing else text.num_hidden_layers
-    activations = tokens * per_token * layers
-    rollouts = config.prompts.prompts_per_iteration * config.prompts.samples_per_prompt
-    kept = config.auxiliary.replay_iterations + 1
-    replay = rollouts * config.prompts.max_new_tokens * width * (2 if llm.bf16 else 4) * kept
-    total: int = weights + optimizer + head + logits + auxiliary + activations + replay
-    return total + _RUNTIME_BYTES
+    layers = text.num_hidden_layers
+    if config.llm.lora is not None:
+        layers -= config.llm.lora.first_layer
+    if llm.checkpoints:
+        layers = 1
+    activations = tokens * layers * text.hidden_size * _ACTIVATION_BYTES[llm.bf16]
+    size = len(llm.head.weight_VD)
+    return activations + 4 * _BUFFERS * chunk_rows_for(size, llm.device) * size
 
 
-def memory_line(peak: int | None, estimate: int) -> str:
+def _sampling_bytes(llm: LLM, config: Config) -> int:
+    """Keys and values with room to grow, and the logits of one token."""
+    text, prompts = llm.module.config.get_text_config(), config.prompts
+    held_out = config.evaluation.max_prompts * config.evaluation.samples_per_prompt
+    most = max(held_out, prompts.prompts_per_iteration * prompts.samples_per_prompt)
+    rows = min(config.sampler.batch_size, most)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    places = 2 * 2 * prompts.max_new_tokens
+    cache = 2 * rows * places * text.num_hidden_layers * heads * head * _state_bytes(llm)
+    return cache + 4 * _SAMPLING_BUFFERS * rows * len(llm.head.weight_VD)
+
+
+def _export_bytes(llm: LLM, config: Config) -> int:
+    """The float32 copy of the base that adapters are merged into."""
+    if config.llm.lora is None:
+        return 0
+    return 4 * sum(parameter.numel() for parameter in llm.module.parameters())
+
+
+def _state_bytes(llm: LLM) -> int:
+    return 2 if llm.bf16 else 4
+
+
+def memory_words(llm: LLM, estimate: int | None) -> str:
+    """The estimate, before a run."""
+    if estimate is None:
+        return "not known on this system"
+    again = ", activations computed twice" if llm.checkpoints else ""
+    return f"about {estimate / 2**30:.1f} GiB{again}"
+
+
+def memory_line(peak: int | None, estimate: int | None) -> str:
     """Peak memory beside the estimate that the run began with."""
-    if peak is None:
-        return f"memory: {estimate / 2**30:.1f} GiB estimated; this system does not tell the peak"
+    if peak is None or estimate is None:
+        return "memory: this system does not tell"
     return (
         f"memory: {peak / 2**30:.1f} GiB at the peak, {estimate / 2**30:.1f} GiB estimated "
         f"({estimate / peak - 1:+.0%})"
@@ -61,6 +117,35 @@ def release_freed() -> None:
     """
     with suppress(OSError, AttributeError):  # another system, another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def held_memory(device: torch.device) -> int | None:
+    """Bytes in use now: the allocator's on a GPU, else the process's; None where unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    release_freed()
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return peak_memory(device)  # no Linux: the most so far is all there is
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def spare_memory(device: torch.device) -> int | None:
+    """Bytes that this process could take in addition; None where unknown."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        spare = [int(line.split()[1]) * 2**10 for line in lines if line.startswith("MemAvail")]
+        with suppress(OSError, ValueError):  # a container's limit, or "max"
+            group = Path("/sys/fs/cgroup")
+            limit = int((group / "memory.max").read_text())
+            spare.append(limit - int((group / "memory.current").read_text()))
+    except OSError:
+        return None
+    return min(spare, default=None)
 
 
 def peak_memory(device: torch.device) -> int | None:

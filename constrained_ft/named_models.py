@@ -5,7 +5,8 @@ from pathlib import Path
 
 from constrained_ft.config import LLMConfig
 from constrained_ft.errors import ConfigError
-from constrained_ft.llm import TINY, FrozenLLM, load_context_length, load_frozen, plain_config
+from constrained_ft.llm import FrozenLLM
+from constrained_ft.loading import TINY, load_context_length, load_frozen, plain_config
 from constrained_ft.run_folder import RunFolder
 
 

@@ -8,14 +8,18 @@ computes what its sequences would, with a few per cent of padding where sequence
 length, each in a row of its own, have a third.
 """
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
+from operator import itemgetter
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 _PADDING, _STEM = -2, -1  # in place of a tree's or a branch's number
+_LAYOUTS = 8  # numbers of rows tried
 
 
 @dataclass
@@ -60,24 +64,21 @@ class Packed:
 
 
 def pack(trees: Sequence[Tree], capacity: int, pad: int, *, apart: bool = False) -> Packed:
-    """Lay trees out in rows, the longest first, each in the first row that has room.
+    """Lay trees out in rows of one length, which is chosen so that few slots stay unused.
 
     Args:
         trees: what to lay out.
-        capacity: slots of a row; a longer tree makes all rows as long as itself.
+        capacity: most slots of a row; a longer tree makes all rows as long as itself.
         pad: token id of slots that nothing uses.
         apart: each branch behind a copy of its stem, in a row of its own, for models that cannot
             tell apart the sequences of one row.
     """
-    pieces = _pieces(trees, apart=apart)
-    room = 0 if apart else max(capacity, *map(len, pieces))
-    rows: list[_Row] = []
-    for piece in sorted(pieces, key=len, reverse=True):
-        row = next((row for row in rows if len(row.ids) + len(piece) <= room), None)
-        if row is None:
-            row = _Row()
-            rows.append(row)
-        row.add(piece)
+    pieces = sorted(_pieces(trees, apart=apart), key=len, reverse=True)
+    lengths = [len(piece) for piece in pieces]
+    places = range(len(pieces)) if apart else _places(lengths, capacity)
+    rows = [_Row() for _ in range(1 + max(places))]
+    for piece, place in zip(pieces, places, strict=True):
+        rows[place].add(piece)
     length = max(len(row.ids) for row in rows)
     tree_BL = _table([row.trees for row in rows], length, _PADDING)
     branch_BL = _table([row.branches for row in rows], length, _PADDING)
@@ -99,6 +100,31 @@ def pack(trees: Sequence[Tree], capacity: int, pad: int, *, apart: bool = False)
         stems=tuple(stems[key] for key in sorted(stems)),
         paths=tuple(paths[key] for key in sorted(paths)),
     )
+
+
+def _places(lengths: Sequence[int], capacity: int) -> Sequence[int]:
+    """The row of each piece, longest first, in the layout with the fewest slots.
+
+    With as many rows as just fit, and with some more, each piece goes into the emptiest row.
+    """
+    room = max(capacity, lengths[0])
+    counts = range(-(-sum(lengths) // room), len(lengths) + 1)
+    layouts = (_balanced(lengths, count) for count in counts)
+    fitting = ((slots, places) for length, slots, places in layouts if length <= room)
+    # Of equals the first, which has the fewest rows.
+    return min(islice(fitting, _LAYOUTS), key=itemgetter(0))[1]
+
+
+def _balanced(lengths: Sequence[int], count: int) -> tuple[int, int, Sequence[int]]:
+    """Pieces in so many rows: the longest row, the slots of all, and the row of each piece."""
+    rows = [(0, row) for row in range(count)]
+    places = []
+    for length in lengths:
+        used, row = heapq.heappop(rows)
+        heapq.heappush(rows, (used + length, row))
+        places.append(row)
+    longest = max(rows)[0]
+    return longest, longest * count, places
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,9 @@ from constrained_ft.auxiliary import Auxiliary, vocabulary_prior
 from constrained_ft.config import Config
 from constrained_ft.corpus import Corpus, load_corpus
 from constrained_ft.distributed import StopRequest, seed_for
-from constrained_ft.llm import LLM, load_context_length, load_llm, load_tokenizer
+from constrained_ft.llm import LLM
+from constrained_ft.loading import load_context_length, load_llm, load_tokenizer
+from constrained_ft.memory import estimate_memory, fits_memory
 from constrained_ft.optimization import Optimization, build_optimization
 from constrained_ft.phases import Phases
 from constrained_ft.progress import Display
@@ -33,6 +35,8 @@ class Parts:
     display: Display
     stop: StopRequest
     phases: Phases
+    memory_estimate: int | None
+    """Bytes at the peak."""
     replay: list[LabeledRollouts] = field(default_factory=list)
     """What the auxiliary is fitted to, the newest iteration first."""
 
@@ -70,6 +74,8 @@ def build_parts(config: Config, display: Display, stop: StopRequest) -> Parts:
         precision=config.trainer.precision,
         seed=seed_for(config.seed, "adapters"),
     )
+    if config.llm.gradient_checkpointing == "auto" and not fits_memory(llm, config):
+        llm.checkpoint_activations()
     display.advance()
     auxiliary = build_auxiliary(config, llm, tokenizer, scorer)
     display.advance()
@@ -84,6 +90,7 @@ def build_parts(config: Config, display: Display, stop: StopRequest) -> Parts:
         display=display,
         stop=stop,
         phases=Phases(llm.slots),
+        memory_estimate=estimate_memory(llm, config),
     )
 
 

@@ -4,7 +4,7 @@ from constrained_ft import evaluate
 from constrained_ft.config import Config
 from constrained_ft.errors import ScorerError
 from constrained_ft.llm import FrozenLLM
-from constrained_ft.memory import estimate_memory
+from constrained_ft.memory import memory_words
 from constrained_ft.parts import Parts
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.samples import record_base
@@ -85,7 +85,7 @@ def _announce(parts: Parts, config: Config, folder: RunFolder, base: evaluate.Ev
             f"{config.constraint.labels} labels",
             "base satisfies": f"{rate:.1%} of {samples} probe samples",
             "schedule": f"{trainer.schedule}, {config.placement.kind}",
-            "memory": f"about {estimate_memory(parts.llm, config) / 2**30:.1f} GiB",
+            "memory": memory_words(parts.llm, parts.memory_estimate),
             "folder": str(folder.path),
         },
     )

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from constrained_ft import equations
 from constrained_ft.compose import compose
-from constrained_ft.config import Config
 from constrained_ft.distributed import generator_for
 from constrained_ft.finetune import update_llm
 from constrained_ft.llm import LLM
@@ -291,7 +290,7 @@ def training_checks(schedule: str, display: Display, seed: int = 0) -> list[Chec
             auxiliary_error = max(auxiliary_error, _auxiliary_error(parts, every, labels_Y))
         if schedule == "alternating" or target is None:
             target = newest
-        _update(parts, target, config, iteration)
+        update_llm(parts, target, config, iteration)
         target = newest
         display.advance()
     trained_Y = _probs(parts.llm, every)
@@ -308,21 +307,6 @@ def training_checks(schedule: str, display: Display, seed: int = 0) -> list[Chec
             error=float(kl),
         ),
     ]
-
-
-def _update(parts: Parts, target: Target, config: Config, iteration: int) -> None:
-    update_llm(
-        parts.llm,
-        target,
-        parts.corpus,
-        parts.optimization,
-        config.trainer,
-        iteration=iteration,
-        seed=config.seed,
-        kl_limit=config.guard.kl_limit,
-        display=parts.display,
-        stop=parts.stop,
-    )
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from constrained_ft.config import Config
 from constrained_ft.distributed import StopRequest
 from constrained_ft.evaluate import Evaluation
 from constrained_ft.finetune import update_llm
-from constrained_ft.llm import load_frozen
-from constrained_ft.memory import estimate_memory, memory_line, peak_memory, release_freed
+from constrained_ft.loading import export, load_frozen
+from constrained_ft.memory import memory_line, peak_memory, release_freed
 from constrained_ft.parts import Parts, build_parts
 from constrained_ft.placement import Done, Inline, Pending, Placement
 from constrained_ft.preflight import evaluate_held_out, look_before
@@ -90,18 +90,7 @@ def _update(parts: Parts, target: Target, config: Config, iteration: int) -> dic
         with parts.phases.during("reference"):
             target = target.with_reference(parts.llm.frozen())
     with parts.phases.during("update"):
-        row = update_llm(
-            parts.llm,
-            target,
-            parts.corpus,
-            parts.optimization,
-            config.trainer,
-            iteration=iteration,
-            seed=config.seed,
-            kl_limit=config.guard.kl_limit,
-            display=parts.display,
-            stop=parts.stop,
-        )
+        row = update_llm(parts, target, config, iteration)
     return row | {"target/lag": float(lag)}
 
 
@@ -124,7 +113,7 @@ def _finish(parts: Parts, config: Config, folder: RunFolder, base: Evaluation) -
     learn_auxiliary(parts, config, final, config.trainer.iterations + 1)
     parts.display.phase("writing the final model", 1)
     with parts.phases.during("checkpoint"):
-        parts.llm.export(folder.final_llm, folder.final_adapter)
+        export(parts.llm, folder.final_llm, folder.final_adapter)
         parts.auxiliary.frozen().save(folder.final_auxiliary)
     parts.display.advance()
     with parts.phases.during("evaluation"):
@@ -132,15 +121,14 @@ def _finish(parts: Parts, config: Config, folder: RunFolder, base: Evaluation) -
     evaluations = [base, tuned]
     evaluate.save(folder.evaluation_file, evaluations, config)
     parts.display.table("Held-out prompts and text", *evaluate.table(evaluations))
-    _say_where_time_went(parts, config, folder)
+    _say_where_time_went(parts, folder)
     return evaluations
 
 
-def _say_where_time_went(parts: Parts, config: Config, folder: RunFolder) -> None:
+def _say_where_time_went(parts: Parts, folder: RunFolder) -> None:
     """Phases and memory of this process, to the person and to the run folder."""
     spent, peak = parts.phases.spent(), peak_memory(parts.llm.device)
-    estimate = estimate_memory(parts.llm, config)
-    memory = {"peak_bytes": peak, "estimated_bytes": estimate}
+    memory = {"peak_bytes": peak, "estimated_bytes": parts.memory_estimate}
     phases.save(folder.phases_file, spent, memory)
     parts.display.table("Where the time went", *phases.table(spent))
-    parts.display.note(memory_line(peak, estimate))
+    parts.display.note(memory_line(peak, parts.memory_estimate))

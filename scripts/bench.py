@@ -42,7 +42,8 @@ from constrained_ft.decoding import decode  # noqa: E402
 from constrained_ft.distributed import StopRequest, default_device  # noqa: E402
 from constrained_ft.finetune import backward_of_step, update_llm  # noqa: E402
 from constrained_ft.fused import Head, Tilt, chunk_rows_for, fused_losses  # noqa: E402
-from constrained_ft.llm import LLM, load_llm, load_tokenizer, plain_config  # noqa: E402
+from constrained_ft.llm import LLM  # noqa: E402
+from constrained_ft.loading import load_llm, load_tokenizer, plain_config  # noqa: E402
 from constrained_ft.optimization import build_optimization  # noqa: E402
 from constrained_ft.parts import Parts, build_parts  # noqa: E402
 from constrained_ft.progress import Silent  # noqa: E402
@@ -320,7 +321,7 @@ def sampling_rows(shape: str | None) -> list[Ratio]:
             Ratio(
                 name=f"sampling / generate in {name} (16 prompts x 16, 20 tokens)",
                 ours=lambda llm=llm, texts=texts, u=uniforms: decode(llm, texts, u),  # type: ignore[misc]
-                theirs=lambda other=other, texts=texts: generate(other, texts),  # type: ignore[misc]
+                theirs=lambda other=other, texts=texts: generate(other, texts, SAMPLES),  # type: ignore[misc]
                 must=must,
                 aim=aim,
             )
@@ -344,7 +345,7 @@ def _bare(config: Config, shape: str | None, dtype: str) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def generate(module: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
+def generate(module: PreTrainedModel, prompts: Sequence[Sequence[int]], samples: int) -> Tensor:
     """transformers' own sampling, to the full length."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=DEVICE)
@@ -356,7 +357,7 @@ def generate(module: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Tenso
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        num_return_sequences=SAMPLES,
+        num_return_sequences=samples,
         max_new_tokens=NEW_TOKENS,
         pad_token_id=0,
     )
@@ -417,7 +418,7 @@ def step_rows(_: str | None) -> list[Ratio]:
 
 def _iteration_row(parts: Parts, config: Config, target: Target) -> Ratio:
     """An alternating iteration against bare generation and bare training, in float32."""
-    optimization = build_optimization(parts.llm, config.trainer)
+    parts.optimization = build_optimization(parts.llm, config.trainer)
     fp32 = compose(["trainer.precision=fp32", "llm.attn_implementation=sdpa"])
     bare = build_parts(fp32, Silent(), StopRequest())
     plain = _bare(plain_fp32(config), None, "float32")
@@ -427,18 +428,7 @@ def _iteration_row(parts: Parts, config: Config, target: Target) -> Ratio:
     def ours() -> None:
         number[0] += 1
         learned = learn_target(parts, config, parts.llm.frozen(), number[0])
-        update_llm(
-            parts.llm,
-            learned,
-            parts.corpus,
-            optimization,
-            config.trainer,
-            iteration=1,
-            seed=config.seed,
-            kl_limit=1e9,
-            display=Silent(),
-            stop=StopRequest(),
-        )
+        update_llm(parts, learned, config, 1)
 
     rollouts = config.trainer.rollouts_per_step
     prompt = max(map(len, texts))
@@ -450,10 +440,10 @@ def _iteration_row(parts: Parts, config: Config, target: Target) -> Ratio:
     corpus = [torch.full((len(batch), max(len(r.token_ids) for r in batch)), 100) for batch in rows]
 
     def theirs() -> None:
-        per_batch = config.sampler.batch_size // SAMPLES
-        count = config.prompts.prompts_per_iteration * config.prompts.samples_per_prompt // SAMPLES
-        for start in range(0, count, per_batch):
-            generate(plain, texts[start : start + min(per_batch, count - start)])
+        samples = config.prompts.samples_per_prompt
+        per_batch = config.sampler.batch_size // samples
+        for start in range(0, len(texts), per_batch):
+            generate(plain, texts[start : start + per_batch], samples)
         bare.llm.module.train()
         for batch in corpus:
             bare.optimization.optimizer.zero_grad()

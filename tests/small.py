@@ -8,7 +8,8 @@ from torch import Tensor
 from constrained_ft.compose import compose
 from constrained_ft.config import Config, LoraConfig
 from constrained_ft.distributed import StopRequest
-from constrained_ft.llm import LLM, load_llm
+from constrained_ft.llm import LLM
+from constrained_ft.loading import load_llm
 from constrained_ft.parts import Parts, build_parts
 from constrained_ft.progress import Silent
 from constrained_ft.prompts import Prompt

@@ -23,14 +23,12 @@ from constrained_ft import fused
 from constrained_ft.compose import compose
 from constrained_ft.config import TrainerConfig
 from constrained_ft.corpus import corpus_of
-from constrained_ft.distributed import StopRequest
 from constrained_ft.encoding import Row
 from constrained_ft.errors import DivergedError
 from constrained_ft.finetune import backward_of_step, update_llm
 from constrained_ft.llm import LLM
 from constrained_ft.optimization import build_optimization
 from constrained_ft.parts import Parts
-from constrained_ft.progress import Silent
 from constrained_ft.tabular import table_parts
 from constrained_ft.target import Target, build_target, learn_target, states_of
 
@@ -44,22 +42,6 @@ def text_rows(*, prompted: bool) -> list[Row]:
     rows = ["a cat sat", "the end of it all", "so it goes", "no"]
     ids = [[*prompt(text).token_ids, 0] for text in rows]
     return [row(i, 2 if prompted else 1, prompted=prompted) for i in ids]
-
-
-def update(parts: Parts, target: Target, config: TrainerConfig, iteration: int = 1) -> Tensor:
-    numbers = update_llm(
-        parts.llm,
-        target,
-        parts.corpus,
-        parts.optimization,
-        config,
-        iteration=iteration,
-        seed=0,
-        kl_limit=1e3,
-        display=Silent(),
-        stop=StopRequest(),
-    )
-    return torch.tensor(list(numbers.values()))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +100,7 @@ def test_satisfaction_at_rest_follows_the_law_of_lambda(
     parts = table_parts(LETTERS, LENGTH, config, rows)
     for iteration in (1, 2):
         target = learn_target(parts, config, parts.llm.frozen(), iteration)
-        update(parts, target, config.trainer, iteration)
+        update_llm(parts, target, config, iteration)
     probs_HV = torch.softmax(parts.llm.trained_parameters()["table.logits.weight"].detach(), -1)
     first_V, second_VV = probs_HV[0], probs_HV[1:5]
     # Nothing satisfied has a c among its first two tokens; the dot ends it.
@@ -229,7 +211,8 @@ def test_padding_and_prompts_get_no_gradient() -> None:
 
 
 def test_without_the_constraint_it_is_plain_fine_tuning() -> None:
-    config = small_config("trainer.kl_weight=0").trainer
+    whole = small_config("trainer.kl_weight=0")
+    config = whole.trainer
     rows = text_rows(prompted=True) + text_rows(prompted=False)
     ours, theirs = tiny_llm(), tiny_llm()
     parts = small_parts(small_config())
@@ -238,7 +221,7 @@ def test_without_the_constraint_it_is_plain_fine_tuning() -> None:
     corpus = corpus_of(rows)
     parts = replace(parts, llm=ours, optimization=optimization, corpus=corpus)
     for iteration in (1, 2):
-        update(parts, target, config, iteration)
+        update_llm(parts, target, whole, iteration)
     # The same, by hand.
     weights = list(theirs.module.parameters())
     optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0)
@@ -314,7 +297,7 @@ def test_at_the_target_nothing_moves(small: tuple[Parts, Target, TrainerConfig])
     ],
 )
 def test_a_guard_stops_before_anything_moves(weight: float, limit: float, message: str) -> None:
-    config = small_config("trainer.kl_weight=1")
+    config = small_config("trainer.kl_weight=1", f"guard.kl_limit={limit}")
     parts = small_parts(config)
     target = learn_target(parts, config, parts.llm.frozen(), 1)
     prior_V = torch.linspace(-4, 4, len(target.table.prior_V))
@@ -323,18 +306,7 @@ def test_a_guard_stops_before_anything_moves(weight: float, limit: float, messag
     target = replace(target, table=table, weights_NT=weights_NT)
     before = {name: p.detach().clone() for name, p in parts.llm.trained_parameters().items()}
     with pytest.raises(DivergedError, match=message) as caught:
-        update_llm(
-            parts.llm,
-            target,
-            parts.corpus,
-            parts.optimization,
-            config.trainer,
-            iteration=1,
-            seed=0,
-            kl_limit=limit,
-            display=Silent(),
-            stop=StopRequest(),
-        )
+        update_llm(parts, target, config, 1)
     assert caught.value.exit_code == 4
     for name, parameter in parts.llm.trained_parameters().items():
         assert torch.equal(parameter, before[name])
@@ -351,7 +323,7 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_moves(value: float)
     # The loss stays finite: one gradient alone overflows on its way back.
     next(iter(parameters.values())).register_hook(lambda grad: torch.full_like(grad, value))
     with pytest.raises(DivergedError, match=rf"the gradient's norm is {value} at step 0"):
-        update(parts, target, config.trainer)
+        update_llm(parts, target, config, 1)
     for name, parameter in parameters.items():
         assert torch.equal(parameter, before[name])
     assert not parts.optimization.optimizer.state

@@ -20,9 +20,9 @@ from transformers import (
 
 from constrained_ft.config import LLMConfig
 from constrained_ft.errors import ModelError
-from constrained_ft.llm import (
-    LLM,
-    FrozenLLM,
+from constrained_ft.llm import LLM, FrozenLLM
+from constrained_ft.loading import (
+    export,
     load_context_length,
     load_frozen,
     load_llm,
@@ -80,7 +80,7 @@ def test_training_moves_the_llm_alone_and_the_export_is_what_was_trained(
     assert torch.equal(logits(parts.llm.frozen()), trained)
     close(plain_logits(parts.llm.module), trained)
 
-    parts.llm.export(tmp_path / "llm", tmp_path / "adapter")
+    export(parts.llm, tmp_path / "llm", tmp_path / "adapter")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "llm", dtype=torch.float32)
     close(plain_logits(plain), trained)
     assert AutoTokenizer.from_pretrained(tmp_path / "llm")("abc") == byte_tokenizer()("abc")

@@ -46,13 +46,30 @@ def test_every_token_reads_its_own_sequence_up_to_itself(capacity: int, *, apart
 
 def test_rows_are_filled_and_what_is_shared_is_stored_once() -> None:
     packed = pack(TREES, 24, 0)
-    # 9, 3, 14 and 4 tokens: two rows of at most 24.
-    assert packed.ids_BL.shape == (2, 23)
-    assert sorted(packed.lengths_B.tolist()) == [7, 23]
+    # 9, 3, 14 and 4 tokens: two rows of 14 and 9 + 4 + 3.
+    assert packed.ids_BL.shape == (2, 16)
+    assert sorted(packed.lengths_B.tolist()) == [14, 16]
     assert pack(TREES, 1, 0).ids_BL.shape[1] == 14  # the longest fits in any case
     apart = pack(TREES, 500, 0, apart=True)
     # A row for each branch, and one for the tree that has none.
     assert apart.ids_BL.shape == (len(SEQUENCES) + 1, 14)
+
+
+def test_few_slots_of_usual_steps_are_padding() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(low: int, high: int) -> tuple[int, ...]:
+        return (0,) * int(torch.randint(low, high, (), generator=generator))
+
+    used = total = 0
+    for _ in range(20):
+        rollouts = [Tree(stem=ids(8, 32), branches=(ids(5, 20), ids(15, 20))) for _ in range(12)]
+        corpus = [Tree(stem=ids(60, 128)) for _ in range(4)]
+        packed = pack([*rollouts, *corpus], 256, 0)
+        assert packed.ids_BL.shape[1] <= 256
+        used += int(packed.lengths_B.sum())
+        total += packed.ids_BL.numel()
+    assert 1 - used / total < 0.045
 
 
 def through_transformers(shape: str, sharpness_of: LLM) -> list[Tensor]:
@@ -86,7 +103,7 @@ def test_models_that_cannot_pack_get_a_row_for_each_sequence(shape: str) -> None
     with torch.no_grad():
         packed = llm.pack(TREES)
         together = llm.packed_states(packed)[torch.cat(packed.paths)]
-        llm._packs = False
+        llm.packs = False
         packed = llm.pack(TREES)
         assert len(packed.ids_BL) == len(SEQUENCES) + 1
         apart = llm.packed_states(packed)[torch.cat(packed.paths)]
@@ -98,20 +115,20 @@ def test_a_model_that_reads_across_a_row_is_found_out(monkeypatch: pytest.Monkey
 
     def careless(self: LLM, packed: Packed) -> dict[str, Tensor]:
         inputs = whole(self, packed)
-        if self._packs:
+        if self.packs:
             inputs["attention_mask"] = torch.ones_like(packed.ids_BL)
         return inputs
 
     monkeypatch.setattr(LLM, "packed_inputs", careless)
-    assert not tiny_llm("llama")._packs
+    assert not tiny_llm("llama").packs
     monkeypatch.undo()
-    assert tiny_llm("llama")._packs
+    assert tiny_llm("llama").packs
 
 
 def test_a_sliding_window_is_not_packed() -> None:
     llm = tiny_llm("llama")
     llm.module.config.sliding_window = 4
     again = LLM(llm.module, llm.tokenizer, config=llm.config, peft_model=None, bf16=False)
-    assert not again._packs
+    assert not again.packs
     ids = prompt("windows").token_ids
     assert len(again.pack([Tree(stem=ids), Tree(stem=ids)]).ids_BL) == 2

@@ -7,10 +7,19 @@ import pytest
 import torch
 from small import run, small_config
 
-from constrained_ft import phases
-from constrained_ft.memory import memory_line, peak_memory
+from constrained_ft import memory, phases
+from constrained_ft.distributed import StopRequest
+from constrained_ft.memory import (
+    held_memory,
+    memory_line,
+    memory_words,
+    peak_memory,
+    spare_memory,
+)
 from constrained_ft.packing import Slots
+from constrained_ft.parts import build_parts
 from constrained_ft.phases import Phases
+from constrained_ft.progress import Silent
 
 
 class Clock:
@@ -83,3 +92,38 @@ def test_memory_beside_its_estimate() -> None:
         "memory: 2.0 GiB at the peak, 3.0 GiB estimated (+50%)"
     )
     assert "does not tell" in memory_line(None, 2**30)
+
+
+@pytest.mark.parametrize(
+    ("setting", "spare", "twice"),
+    [
+        ("auto", 2**20, True),
+        ("auto", 2**40, False),
+        ("auto", None, False),
+        ("false", 2**20, False),
+        ("true", 2**40, True),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_activations_are_computed_twice_where_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch, setting: str, spare: int | None, *, twice: bool
+) -> None:
+    monkeypatch.setattr(memory, "spare_memory", lambda _: spare)
+    config = small_config(f"llm.gradient_checkpointing={setting}")
+    parts = build_parts(config, Silent(), StopRequest())
+    assert parts.llm.checkpoints == twice
+    assert memory_words(parts.llm, 2**31) == "about 2.0 GiB" + (
+        ", activations computed twice" if twice else ""
+    )
+
+
+def test_what_a_tensor_takes_is_held_and_no_longer_spare() -> None:
+    cpu = torch.device("cpu")
+    held, spare = held_memory(cpu), spare_memory(cpu)
+    assert held is not None
+    assert spare is not None
+    tensor = torch.ones(2**28)
+    now = held_memory(cpu)
+    assert now is not None
+    assert abs(now - held - 4 * len(tensor)) < 2**28
+    assert spare_memory(cpu) != spare

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from small import SHAPES, prompt, tiny_llm
 from torch import Tensor
-from transformers import TopPLogitsWarper
+from transformers import AutoModelForCausalLM, TopPLogitsWarper
 
 from constrained_ft import equations
 from constrained_ft.auxiliary import Auxiliary, FrozenAuxiliary
@@ -21,12 +21,14 @@ from constrained_ft.config import (
     LettersScorerConfig,
     SamplerConfig,
 )
-from constrained_ft.decoding import Guide, inverse_cdf, truncate
+from constrained_ft.decoding import Guide, decode, inverse_cdf, truncate
 from constrained_ft.distributed import StopRequest, generator_for
 from constrained_ft.errors import Interrupted
 from constrained_ft.llm import FrozenLLM
+from constrained_ft.loading import load_frozen
 from constrained_ft.progress import Silent
 from constrained_ft.prompts import Prompt
+from constrained_ft.resources import resolve_model
 from constrained_ft.rollouts import Rollouts, completion_hidden_states, label, sample
 from constrained_ft.scorers import build_scorer
 
@@ -345,6 +347,26 @@ def test_verdicts_follow_the_constraint() -> None:
         assert broken.any()
         assert torch.equal(labeled.satisfied_N, ~broken)
         torch.testing.assert_close(labeled.labels_N, torch.where(broken, expected, 1.0))
+
+
+@pytest.mark.network
+@pytest.mark.slow
+def test_the_likeliest_tokens_of_the_default_model_are_those_of_generate() -> None:
+    config = compose([]).llm.model_copy(update={"lora": None})
+    llm = load_frozen(config, precision="fp32")
+    texts = ["The weather today", "I", "Once upon a time, in a land far away, there lived a"]
+    ids = [llm.tokenizer(text).input_ids for text in texts]
+    # A nucleus this small holds one token.
+    found = decode(llm, ids, torch.rand(len(ids), 24, dtype=torch.float64), top_p=1e-9)
+    module = AutoModelForCausalLM.from_pretrained(
+        resolve_model(config.model_name_or_path, config.revision), dtype=torch.float32
+    ).eval()
+    for row, prompt_ids in enumerate(ids):
+        whole = module.generate(
+            torch.tensor([prompt_ids]), do_sample=False, max_new_tokens=24, pad_token_id=0
+        )
+        said = found.ids_BT[row][found.mask_BT[row]].tolist()
+        assert said == whole[0, len(prompt_ids) :].tolist()
 
 
 def test_a_stop_request_is_heard_between_batches() -> None:

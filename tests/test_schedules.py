@@ -35,9 +35,9 @@ class Watch:
             self.learned.append(learn_target(*arguments))  # type: ignore[arg-type]
             return self.learned[-1]
 
-        def update(llm: object, target: Target, *rest: object, **named: object) -> object:
+        def update(parts: object, target: Target, *rest: object) -> object:
             self.used.append(target)
-            return update_llm(llm, target, *rest, **named) if updates else NO_UPDATE  # type: ignore[arg-type]
+            return update_llm(parts, target, *rest) if updates else NO_UPDATE  # type: ignore[arg-type]
 
         monkeypatch.setattr(loop, "learn_target", learn)
         monkeypatch.setattr(loop, "update_llm", update)

@@ -51,14 +51,14 @@ def test_the_real_training_reaches_what_enumeration_says(schedule: str) -> None:
 def test_a_stale_r_on_a_fresh_reference_asks_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selfcheck, "_TRAINING", (*selfcheck._TRAINING, *HALF))
     matched = kl_after_training("overlapped")
-    update = selfcheck._update
+    update = selfcheck.update_llm
 
     def fresh(parts, target, config, iteration):
         if target.iteration < iteration:
             target = target.with_reference(parts.llm.frozen())
-        update(parts, target, config, iteration)
+        return update(parts, target, config, iteration)
 
-    monkeypatch.setattr(selfcheck, "_update", fresh)
+    monkeypatch.setattr(selfcheck, "update_llm", fresh)
     assert kl_after_training("overlapped") > 5 * matched
 
 

@@ -18,7 +18,7 @@ from constrained_ft.config import Config
 from constrained_ft.corpus import load_corpus
 from constrained_ft.distributed import StopRequest
 from constrained_ft.errors import CheckpointError, Interrupted, ScorerError
-from constrained_ft.llm import load_frozen, plain_config
+from constrained_ft.loading import load_frozen, plain_config
 from constrained_ft.metrics import METRICS
 from constrained_ft.progress import Silent
 from constrained_ft.run_folder import RunFolder

@@ -1,0 +1,246 @@
+"""Load the LLM, attach what is trained, write it back: weights, adapters, precision, kernels."""
+
+import re
+import warnings
+from pathlib import Path
+
+import peft
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+
+from constrained_ft.attention import GROUPED
+from constrained_ft.config import LLMConfig, LoraConfig
+from constrained_ft.distributed import default_device, seed_everything
+from constrained_ft.errors import ModelError
+from constrained_ft.llm import LLM, FrozenLLM
+from constrained_ft.resources import explain_model_failure, resolve_model
+from constrained_ft.tiny import CONTEXT_LENGTH, byte_tokenizer, tiny_model
+
+TINY = "tiny:"
+
+
+def load_tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the LLM.
+
+    Raises:
+        ModelError: when it is missing.
+    """
+    if config.model_name_or_path.startswith(TINY):
+        return byte_tokenizer()
+    source = resolve_model(config.model_name_or_path, config.revision)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source, revision=config.revision
+        )
+    except (OSError, ValueError) as error:
+        raise explain_model_failure(config.model_name_or_path, error) from error
+    return tokenizer
+
+
+def load_llm(
+    config: LLMConfig, tokenizer: PreTrainedTokenizerBase, *, precision: str, seed: int
+) -> LLM:
+    """Load the LLM and attach what will be trained.
+
+    Args:
+        config: the `llm` section.
+        tokenizer: from `load_tokenizer`.
+        precision: `trainer.precision`: `auto`, `bf16` or `fp32`.
+        seed: of the adapters' initial weights.
+
+    Raises:
+        ModelError: when the model is missing or its head is not a plain linear layer.
+    """
+    bf16 = _wants_bf16(config, precision)
+    dtype = torch.float32
+    if config.dtype == "bfloat16" or (config.dtype == "auto" and bf16 and config.lora):
+        dtype = torch.bfloat16
+    if dtype == torch.bfloat16 and config.lora is None:
+        raise ModelError(
+            "llm.dtype=bfloat16 with llm.lora=null: small updates of bfloat16 weights are lost to "
+            "rounding; use llm.dtype=float32 (the arithmetic still follows trainer.precision)"
+        )
+    module = _load_module(config, dtype)
+    peft_model = None
+    if config.lora is not None:
+        with seed_everything(seed):
+            peft_model = _with_lora(module, config.lora)
+        for layer in module.modules():
+            if isinstance(layer, BaseTunerLayer):
+                # Autocast sets the precision; PEFT's own cast would go to float32 and back.
+                layer.cast_input_dtype_enabled = not bf16  # type: ignore[assignment]  # a bool
+    module.to(default_device())  # type: ignore[arg-type]  # transformers types `to` loosely
+    llm = LLM(module, tokenizer, config=config, peft_model=peft_model, bf16=bf16)
+    if config.gradient_checkpointing is True:
+        llm.checkpoint_activations()
+    return llm
+
+
+def plain_config(reference: str) -> LLMConfig:
+    """The `llm` section for any transformers folder, hub id or wheel file as it is."""
+    return LLMConfig(
+        model_name_or_path=reference,
+        revision=None,
+        dtype="auto",
+        attn_implementation="auto",
+        gradient_checkpointing=False,
+        lora=None,
+    )
+
+
+def load_frozen(config: LLMConfig, *, precision: str = "auto") -> FrozenLLM:
+    """A model that is only read: its weights in the trunk's precision, without gradients.
+
+    Raises:
+        ModelError: when the model is missing or its head is not a plain linear layer.
+    """
+    tokenizer = load_tokenizer(config)
+    bf16 = _wants_bf16(config, precision)
+    module = _load_module(config, torch.bfloat16 if bf16 else torch.float32)
+    module.requires_grad_(requires_grad=False)
+    module.to(default_device())  # type: ignore[arg-type]  # transformers types `to` loosely
+    return LLM(module, tokenizer, config=config, peft_model=None, bf16=bf16).frozen()
+
+
+def export(llm: LLM, llm_dir: Path, adapter_dir: Path) -> None:
+    """Write a folder that plain `AutoModelForCausalLM.from_pretrained` loads.
+
+    LoRA is merged into a pristine float32 copy of the base, never into the weights that were
+    trained on; the adapter alone is written beside it.
+    """
+    if llm.peft_model is None:
+        llm.module.save_pretrained(llm_dir)
+    else:
+        llm.peft_model.save_pretrained(str(adapter_dir))
+        base = _load_module(llm.config, torch.float32)
+        merged = _with_lora(base, _require_lora(llm.config))
+        state = peft.get_peft_model_state_dict(llm.peft_model)
+        peft.set_peft_model_state_dict(merged, state)
+        merged.merge_and_unload().save_pretrained(llm_dir)
+    llm.tokenizer.save_pretrained(llm_dir)
+
+
+def load_context_length(config: LLMConfig) -> int | None:
+    """The longest sequence the model takes, in tokens, without loading its weights.
+
+    None where its configuration names no limit, as with ALiBi, which has no table of positions.
+
+    Raises:
+        ModelError: when the model is missing.
+    """
+    if config.model_name_or_path.startswith(TINY):
+        return CONTEXT_LENGTH
+    source = resolve_model(config.model_name_or_path, config.revision)
+    try:
+        found = AutoConfig.from_pretrained(source, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise explain_model_failure(config.model_name_or_path, error) from error
+    length: int | None = getattr(found.get_text_config(), "max_position_embeddings", None)
+    return length
+
+
+def _wants_bf16(config: LLMConfig, precision: str) -> bool:
+    fast = multiplies_bf16_fast(default_device())
+    tiny = config.model_name_or_path.startswith(TINY)
+    return precision == "bf16" or (precision == "auto" and fast and not tiny)
+
+
+def multiplies_bf16_fast(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products are faster than float32 ones on this device."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported())
+    return False
+
+
+def _load_module(config: LLMConfig, dtype: torch.dtype) -> PreTrainedModel:
+    reference = config.model_name_or_path
+    if reference.startswith(TINY):
+        return tiny_model(reference.removeprefix(TINY), seed=0)
+    try:
+        module: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            resolve_model(reference, config.revision),
+            revision=config.revision,
+            dtype=dtype,
+            attn_implementation=_attention(config),
+        )
+    except (OSError, ValueError) as error:
+        raise explain_model_failure(reference, error) from error
+    return module
+
+
+def _attention(config: LLMConfig) -> str:
+    """The attention kernel: what is asked for, or the fastest that the architecture takes."""
+    if config.attn_implementation != "auto":
+        return config.attn_implementation
+    source = resolve_model(config.model_name_or_path, config.revision)
+    found = AutoConfig.from_pretrained(source, revision=config.revision)
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(found), None)
+    if default_device().type == "cpu" and getattr(
+        architecture, "_supports_attention_backend", False
+    ):
+        return GROUPED
+    return "sdpa" if getattr(architecture, "_supports_sdpa", False) else "eager"
+
+
+def _require_lora(config: LLMConfig) -> LoraConfig:
+    assert config.lora is not None
+    return config.lora
+
+
+def _with_lora(module: PreTrainedModel, lora: LoraConfig) -> peft.PeftModel:
+    targets = lora.target_modules
+    if lora.first_layer > 0:
+        targets = _modules_from(module, lora)
+    settings = peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT types it int but divides it
+        lora_dropout=lora.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        # GPT-2 stores its linear layers transposed; PEFT notices, adapts and says so.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")
+        # PEFT asks transformers for an attribute by its old name.
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+        )
+        try:
+            return peft.PeftModelForCausalLM(module, settings)
+        except ValueError as error:
+            raise ModelError(f"llm.lora.target_modules={lora.target_modules!r}: {error}") from error
+
+
+def _modules_from(module: PreTrainedModel, lora: LoraConfig) -> tuple[str, ...]:
+    """Full names of the modules that carry an adapter, from `lora.first_layer` on."""
+    head = module.get_output_embeddings()
+    names = []
+    for name, layer in module.named_modules():
+        number = re.search(r"\.(\d+)\.", name)
+        if number is None or int(number[1]) < lora.first_layer or layer is head:
+            continue
+        if lora.target_modules == "all-linear":
+            wanted = isinstance(layer, nn.Linear | Conv1D)
+        else:
+            wanted = any(f".{name}".endswith(f".{target}") for target in lora.target_modules)
+        if wanted:
+            names.append(name)
+    if not names:
+        raise ModelError(
+            f"llm.lora.first_layer={lora.first_layer}: {type(module).__name__} has no module of "
+            f"llm.lora.target_modules={lora.target_modules!r} in a layer from there on; its layers "
+            "are counted from 0"
+        )
+    return tuple(names)
