@@ -14,7 +14,7 @@ from constrained_ft.llm import LLM
 
 _BUFFERS = 3  # float32 tensors of [chunk rows, vocabulary] in one loss
 _SAMPLING_BUFFERS = 4  # the same of [rows, vocabulary] when a token is drawn
-_ACTIVATION_BYTES = {True: 60, False: 100}  # by bf16: a token, hidden unit and layer, for backward
+_ACTIVATION_BYTES = {True: 75, False: 125}  # by bf16: a token, hidden unit and layer, for backward
 _USABLE = 0.8  # of the spare memory: estimates err
 _MAXRSS_BYTES = 1 if sys.platform == "darwin" else 2**10  # the unit of ru_maxrss
 

@@ -11,7 +11,7 @@ from constrained_ft.corpus import Corpus, load_corpus
 from constrained_ft.distributed import StopRequest, seed_for
 from constrained_ft.llm import LLM
 from constrained_ft.loading import load_context_length, load_llm, load_tokenizer
-from constrained_ft.memory import estimate_memory, fits_memory
+from constrained_ft.memory import fits_memory
 from constrained_ft.optimization import Optimization, build_optimization
 from constrained_ft.phases import Phases
 from constrained_ft.progress import Display
@@ -35,8 +35,8 @@ class Parts:
     display: Display
     stop: StopRequest
     phases: Phases
-    memory_estimate: int | None
-    """Bytes at the peak."""
+    memory_estimate: int | None = None
+    """Bytes at the peak; known once the base model was measured."""
     replay: list[LabeledRollouts] = field(default_factory=list)
     """What the auxiliary is fitted to, the newest iteration first."""
 
@@ -90,7 +90,6 @@ def build_parts(config: Config, display: Display, stop: StopRequest) -> Parts:
         display=display,
         stop=stop,
         phases=Phases(llm.slots),
-        memory_estimate=estimate_memory(llm, config),
     )
 
 

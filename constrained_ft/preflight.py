@@ -4,7 +4,7 @@ from constrained_ft import evaluate
 from constrained_ft.config import Config
 from constrained_ft.errors import ScorerError
 from constrained_ft.llm import FrozenLLM
-from constrained_ft.memory import memory_words
+from constrained_ft.memory import estimate_memory, memory_words
 from constrained_ft.parts import Parts
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.samples import record_base
@@ -17,6 +17,7 @@ def look_before(parts: Parts, config: Config, folder: RunFolder) -> evaluate.Eva
         ScorerError: when the base satisfies the constraint always or never: nothing to learn from.
     """
     base = _evaluate_base(parts, config, folder)
+    parts.memory_estimate = estimate_memory(parts.llm, config)
     _announce(parts, config, folder, base)
     record_base(parts, config, folder)
     return base

@@ -198,7 +198,6 @@ def table_parts(letters: str, length: int, config: Config, rows: Sequence[Row] =
         display=Silent(),
         stop=StopRequest(),
         phases=Phases(llm.slots),
-        memory_estimate=None,
     )
 
 
