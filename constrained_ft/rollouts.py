@@ -178,11 +178,10 @@ def _labels(
 def completion_trees(rollouts: Rollouts, rows_M: Int[Tensor, " M"]) -> list[Tree]:
     """A tree for each prompt of some rows; the rows of a prompt have to be neighbours."""
     branches: dict[int, list[tuple[int, ...]]] = {}
-    ids, lengths = rollouts.ids_NT.tolist(), rollouts.mask_NT.sum(-1).tolist()
-    prompts = rollouts.prompt_N.tolist()
-    for row in rows_M.tolist():
+    ids, lengths = rollouts.ids_NT[rows_M].tolist(), rollouts.mask_NT[rows_M].sum(-1).tolist()
+    for prompt, own, length in zip(rollouts.prompt_N[rows_M].tolist(), ids, lengths, strict=True):
         # The last token predicts nothing.
-        branches.setdefault(prompts[row], []).append(tuple(ids[row][: max(lengths[row] - 1, 0)]))
+        branches.setdefault(prompt, []).append(tuple(own[: max(length - 1, 0)]))
     return [
         Tree(stem=rollouts.prompts[prompt].token_ids, branches=tuple(completions))
         for prompt, completions in branches.items()

@@ -113,14 +113,14 @@ def learn_target(parts: Parts, config: Config, reference: FrozenLLM, iteration: 
     with parts.phases.during("target") as spent:
         target = build_target(labeled, parts.auxiliary.frozen(), reference.head, config)
         spent.tokens += int(labeled.rollouts.mask_NT.sum())
-    if config.trainer.reference == "live":
-        return replace(target, metrics=target.metrics | metrics)
+    target = replace(target, metrics=target.metrics | metrics)
+    if config.trainer.reference != "matched":  # the update brings its own
+        return target
     # In bfloat16 the states that decoding leaves differ from those of a forward pass by 8e-4 nat a
     # token, a third of the KL that is trained on; two forward passes differ by 2e-6 (SmolLM2-135M,
     # two CPU cores). In float32 only the last bits differ, but a fresh reference has those.
     with parts.phases.during("reference"):
-        target = target.with_reference(reference)
-    return replace(target, metrics=target.metrics | metrics)
+        return target.with_reference(reference)
 
 
 def learn_auxiliary(

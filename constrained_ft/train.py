@@ -87,7 +87,7 @@ def train(
 def _update(parts: Parts, target: Target, config: Config, iteration: int) -> dict[str, float]:
     """Stage 2, with the reference that the configuration asks for."""
     lag = iteration - target.iteration
-    if lag > 0 and config.trainer.reference == "fresh":
+    if config.trainer.reference == "fresh":
         with parts.phases.during("reference"):
             target = target.with_reference(parts.llm.frozen())
     with parts.phases.during("update"):
