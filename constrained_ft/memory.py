@@ -62,7 +62,7 @@ def _update_bytes(llm: LLM, config: Config) -> int:
         layers -= config.llm.lora.first_layer
     if llm.checkpoints:
         layers = 1
-    activations = tokens * layers * text.hidden_size * _ACTIVATION_BYTES[llm.bf16]
+    activations: int = tokens * layers * text.hidden_size * _ACTIVATION_BYTES[llm.bf16]
     size = len(llm.head.weight_VD)
     return activations + 4 * _BUFFERS * chunk_rows_for(size, llm.device) * size
 
@@ -76,7 +76,7 @@ def _sampling_bytes(llm: LLM, config: Config) -> int:
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     places = 2 * 2 * prompts.max_new_tokens
-    cache = 2 * rows * places * text.num_hidden_layers * heads * head * _state_bytes(llm)
+    cache: int = 2 * rows * places * text.num_hidden_layers * heads * head * _state_bytes(llm)
     return cache + 4 * _SAMPLING_BUFFERS * rows * len(llm.head.weight_VD)
 
 
