@@ -50,7 +50,7 @@ class LLMConfig(Section):
     one of this package's own that copies no keys and values."""
     gradient_checkpointing: bool | Literal["auto"]
     """Recompute activations in the backward pass: less memory, more time. auto: where the memory
-    that the run is estimated to need is not there without it."""
+    that an update is estimated to need is not there without it."""
     lora: LoraConfig | None
     """null trains all weights."""
 

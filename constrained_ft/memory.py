@@ -27,18 +27,16 @@ def estimate_memory(llm: LLM, config: Config) -> int | None:
     held = held_memory(llm.device)
     if held is None:
         return None
-    return max(held + _added_bytes(llm, config), peak_memory(llm.device) or 0)
-
-
-def fits_memory(llm: LLM, config: Config) -> bool:
-    """Whether what a run adds to the LLM is there; true where the system does not tell."""
-    spare = spare_memory(llm.device)
-    return spare is None or _added_bytes(llm, config) < _USABLE * spare
-
-
-def _added_bytes(llm: LLM, config: Config) -> int:
     stages = _update_bytes(llm, config), _sampling_bytes(llm, config), _export_bytes(llm, config)
-    return _training_bytes(llm, config) + max(stages)
+    added = _training_bytes(llm, config) + max(stages)
+    return max(held + added, peak_memory(llm.device) or 0)
+
+
+def update_fits(llm: LLM, config: Config) -> bool:
+    """Whether the memory of an update is there; true where the system does not tell."""
+    spare = spare_memory(llm.device)
+    added = _training_bytes(llm, config) + _update_bytes(llm, config)
+    return spare is None or added < _USABLE * spare
 
 
 def _training_bytes(llm: LLM, config: Config) -> int:

@@ -11,7 +11,7 @@ from constrained_ft.corpus import Corpus, load_corpus
 from constrained_ft.distributed import StopRequest, seed_for
 from constrained_ft.llm import LLM
 from constrained_ft.loading import load_context_length, load_llm, load_tokenizer
-from constrained_ft.memory import fits_memory
+from constrained_ft.memory import update_fits
 from constrained_ft.optimization import Optimization, build_optimization
 from constrained_ft.phases import Phases
 from constrained_ft.progress import Display
@@ -74,7 +74,7 @@ def build_parts(config: Config, display: Display, stop: StopRequest) -> Parts:
         precision=config.trainer.precision,
         seed=seed_for(config.seed, "adapters"),
     )
-    if config.llm.gradient_checkpointing == "auto" and not fits_memory(llm, config):
+    if config.llm.gradient_checkpointing == "auto" and not update_fits(llm, config):
         llm.checkpoint_activations()
     display.advance()
     auxiliary = build_auxiliary(config, llm, tokenizer, scorer)

@@ -55,7 +55,6 @@ def train(
             pending = placement.start(learn_target, parts, config, parts.llm.frozen(), iteration)
         else:
             pending = Done(target)
-        release_freed()
         learned = time.monotonic()
 
         # The whole difference between the schedules: wait before the LLM update, or after it.
@@ -117,7 +116,6 @@ def _finish(parts: Parts, config: Config, folder: RunFolder, base: Evaluation) -
         export(parts.llm, folder.final_llm, folder.final_adapter)
         parts.auxiliary.frozen().save(folder.final_auxiliary)
     parts.display.advance()
-    release_freed()
     with parts.phases.during("evaluation"):
         tuned = evaluate_held_out(parts, config, final, "tuned", load_frozen(config.llm))
     evaluations = [base, tuned]
