@@ -5,7 +5,9 @@ import torch
 from small import SHAPES, prompt, tiny_llm
 from torch import Tensor
 
+from constrained_ft.compose import compose
 from constrained_ft.llm import LLM
+from constrained_ft.loading import load_llm, load_tokenizer
 from constrained_ft.packing import Packed, Tree, pack
 from constrained_ft.tiny import tiny_model
 
@@ -123,6 +125,15 @@ def test_a_model_that_reads_across_a_row_is_found_out(monkeypatch: pytest.Monkey
     assert not tiny_llm("llama").packs
     monkeypatch.undo()
     assert tiny_llm("llama").packs
+
+
+@pytest.mark.network
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_default_model_is_packed(precision: str) -> None:
+    config = compose([]).llm
+    llm = load_llm(config, load_tokenizer(config), precision=precision, seed=0)
+    assert llm.packs
 
 
 def test_a_sliding_window_is_not_packed() -> None:
