@@ -24,8 +24,8 @@ from constrained_ft.fused import Head
 from constrained_ft.packing import Packed, Slots, Tree, pack, pad_right
 
 _ROW_SLOTS = 256  # most of a packed row; longer ones spend more on attention than they save
-# What models are tried out on. Tokens as text has them: on others, like those that mark the turns of
-# a chat, bfloat16 states are half noise, which differs with the layout of a batch.
+# What models are tried out on. Tokens as text has them: on others, like those that mark the turns
+# of a chat, bfloat16 states are half noise, which differs with the layout of a batch.
 _SENTENCES = (
     "The committee met again on Thursday to discuss the plan.",
     "Rain is expected in the north, and it will be colder than last week.",
@@ -253,6 +253,15 @@ class LLM:
             if parameter.requires_grad
         }
         return FrozenLLM(self, trained, self.head.frozen())
+
+    def without_adapters(self) -> FrozenLLM:
+        """The model that the adapters were put on, where adapters are trained."""
+        zeros = {
+            name: torch.zeros_like(parameter)
+            for name, parameter in self.trunk.named_parameters()
+            if parameter.requires_grad
+        }
+        return FrozenLLM(self, zeros, self.head.frozen())
 
     def whole(self, trained: Mapping[str, Tensor], head: Head) -> dict[str, Tensor]:
         """Trained tensors of the trunk and a head, under their names in `_Generate`."""

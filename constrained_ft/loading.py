@@ -112,6 +112,19 @@ def load_frozen(config: LLMConfig, *, precision: str = "auto") -> FrozenLLM:
     return LLM(module, tokenizer, config=config, peft_model=None, bf16=bf16).frozen()
 
 
+def load_base(llm: LLM, *, precision: str) -> FrozenLLM:
+    """The model as it was before training.
+
+    With adapters it is at hand: adapters of zeros change nothing. Otherwise it is loaded again.
+
+    Raises:
+        ModelError: when the model is missing by now.
+    """
+    if llm.peft_model is None:
+        return load_frozen(llm.config, precision=precision)
+    return llm.without_adapters()
+
+
 def export(llm: LLM, llm_dir: Path, adapter_dir: Path) -> None:
     """Write a folder that plain `AutoModelForCausalLM.from_pretrained` loads.
 

@@ -11,7 +11,7 @@ from constrained_ft.config import Config
 from constrained_ft.distributed import StopRequest
 from constrained_ft.evaluate import Evaluation
 from constrained_ft.finetune import update_llm
-from constrained_ft.loading import export, load_frozen
+from constrained_ft.loading import export, load_base
 from constrained_ft.memory import memory_line, peak_memory, release_freed
 from constrained_ft.parts import Parts, build_parts
 from constrained_ft.placement import Done, Inline, Pending, Placement
@@ -117,7 +117,8 @@ def _finish(parts: Parts, config: Config, folder: RunFolder, base: Evaluation) -
         parts.auxiliary.frozen().save(folder.final_auxiliary)
     parts.display.advance()
     with parts.phases.during("evaluation"):
-        tuned = evaluate_held_out(parts, config, final, "tuned", load_frozen(config.llm))
+        before = load_base(parts.llm, precision=config.trainer.precision)
+        tuned = evaluate_held_out(parts, config, final, "tuned", before)
     evaluations = [base, tuned]
     evaluate.save(folder.evaluation_file, evaluations, config)
     parts.display.table("Held-out prompts and text", *evaluate.table(evaluations))

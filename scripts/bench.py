@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -44,6 +43,7 @@ from constrained_ft.finetune import backward_of_step, update_llm  # noqa: E402
 from constrained_ft.fused import Head, Tilt, chunk_rows_for, fused_losses  # noqa: E402
 from constrained_ft.llm import LLM  # noqa: E402
 from constrained_ft.loading import load_llm, load_tokenizer, plain_config  # noqa: E402
+from constrained_ft.memory import release_freed  # noqa: E402
 from constrained_ft.optimization import build_optimization  # noqa: E402
 from constrained_ft.parts import Parts, build_parts  # noqa: E402
 from constrained_ft.progress import Silent  # noqa: E402
@@ -274,11 +274,19 @@ def _peak_here(which: str) -> int:
         held = torch.cuda.memory_allocated()
         work(*inputs)
         return torch.cuda.max_memory_allocated() - held
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    # Making the inputs took more than holding them: what was freed goes back to the system, and the
+    # mark of the peak is taken down.
+    release_freed()
+    Path("/proc/self/clear_refs").write_text("5")
+    held = _status("VmRSS")
     work(*inputs)
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - pages * resource.getpagesize()
-    )
+    return _status("VmHWM") - held
+
+
+def _status(name: str) -> int:
+    """A number of this process's own account, in bytes. Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 2**10
 
 
 # The sampler.

@@ -24,6 +24,7 @@ from constrained_ft.llm import LLM, FrozenLLM
 from constrained_ft.loading import (
     export,
     load_context_length,
+    load_base,
     load_frozen,
     load_llm,
     load_tokenizer,
@@ -79,6 +80,7 @@ def test_training_moves_the_llm_alone_and_the_export_is_what_was_trained(
     assert (trained - before).abs().max() > 1e-3
     assert torch.equal(logits(parts.llm.frozen()), trained)
     close(plain_logits(parts.llm.module), trained)
+    close(logits(load_base(parts.llm, precision="fp32")), base)
 
     export(parts.llm, tmp_path / "llm", tmp_path / "adapter")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "llm", dtype=torch.float32)
