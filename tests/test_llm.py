@@ -23,8 +23,8 @@ from constrained_ft.errors import ModelError
 from constrained_ft.llm import LLM, FrozenLLM
 from constrained_ft.loading import (
     export,
-    load_context_length,
     load_base,
+    load_context_length,
     load_frozen,
     load_llm,
     load_tokenizer,
