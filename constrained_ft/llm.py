@@ -24,12 +24,7 @@ from constrained_ft.fused import Head
 from constrained_ft.packing import Packed, Slots, Tree, pack, pad_right
 
 _ROW_SLOTS = 256  # most of a packed row; longer ones spend more on attention than they save
-# What models are tried out on. Tokens as text has them: on others, like those that mark the turns
-# of a chat, bfloat16 states are half noise, which differs with the layout of a batch.
-_SENTENCES = (
-    "The committee met again on Thursday to discuss the plan.",
-    "Rain is expected in the north, and it will be colder than last week.",
-)
+_STRIDE = 37  # between the token ids that models are tried out on
 
 
 class FrozenLLM:
@@ -316,7 +311,7 @@ def _head_of(module: PreTrainedModel) -> Head:
 @torch.no_grad()
 def _check_head(llm: LLM) -> None:
     """Refuse models that change logits behind the head (softcap, scale): the KL would be wrong."""
-    ids_BL, lengths_B = pad_right(_sentences(llm)[:1], pad_id(llm.tokenizer), llm.device)
+    ids_BL, lengths_B = pad_right([_sequences(llm)[0][:4]], pad_id(llm.tokenizer), llm.device)
     with llm.autocast():
         own_BLV = llm.module(**right_padded_inputs(ids_BL, lengths_B)).logits.float()
     ours_BLV = llm.head(llm.hidden_states(ids_BL, lengths_B))
@@ -333,7 +328,7 @@ def _can_pack(llm: LLM) -> bool:
     """Whether the model keeps the sequences of one row apart, tried out on a few tokens."""
     if getattr(llm.module.config.get_text_config(), "sliding_window", None) is not None:
         return False  # the mask of a packed batch lets a token read its whole sequence
-    first, second = _sentences(llm)
+    first, second = _sequences(llm)
     trees = [
         Tree(stem=first, branches=(second[:4], second[4:])),
         Tree(stem=second, branches=(first,)),
@@ -351,7 +346,12 @@ def _can_pack(llm: LLM) -> bool:
     return bool(gap < (0.05 if llm.bf16 else 1e-3))
 
 
-def _sentences(llm: LLM) -> list[tuple[int, ...]]:
-    """Their token ids."""
-    encoded = (llm.tokenizer(text, add_special_tokens=False).input_ids for text in _SENTENCES)
-    return [tuple(ids) for ids in encoded]
+def _sequences(llm: LLM) -> list[tuple[int, ...]]:
+    """Two sequences of 8 and 12 tokens out of the middle of the vocabulary.
+
+    There are words, mostly. The first ids are often marks such as those of a chat's turns: there
+    bfloat16 states are half noise, which differs with the layout of a batch.
+    """
+    size = len(llm.head.weight_VD)
+    ids = [(size // 2 + _STRIDE * i) % size for i in range(20)]
+    return [tuple(ids[:8]), tuple(ids[8:])]
