@@ -242,21 +242,21 @@ class LLM:
 
     def frozen(self) -> FrozenLLM:
         """A frozen copy of the LLM as it is now."""
+        # Autocast would round adapters to the trunk's type again in every product.
+        rounds = self._bf16 and self.peft_model is not None
         trained = {
-            name: parameter.detach().clone()
-            for name, parameter in self.trunk.named_parameters()
-            if parameter.requires_grad
+            name: parameter.detach().to(torch.bfloat16 if rounds else parameter.dtype, copy=True)
+            for name, parameter in self._trained_of_trunk()
         }
         return FrozenLLM(self, trained, self.head.frozen())
 
     def without_adapters(self) -> FrozenLLM:
         """The model that the adapters were put on, where adapters are trained."""
-        zeros = {
-            name: torch.zeros_like(parameter)
-            for name, parameter in self.trunk.named_parameters()
-            if parameter.requires_grad
-        }
+        zeros = {name: torch.zeros_like(parameter) for name, parameter in self._trained_of_trunk()}
         return FrozenLLM(self, zeros, self.head.frozen())
+
+    def _trained_of_trunk(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return (pair for pair in self.trunk.named_parameters() if pair[1].requires_grad)
 
     def whole(self, trained: Mapping[str, Tensor], head: Head) -> dict[str, Tensor]:
         """Trained tensors of the trunk and a head, under their names in `_Generate`."""
