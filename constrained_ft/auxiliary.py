@@ -34,10 +34,11 @@ from constrained_ft.config import AuxiliaryConfig
 from constrained_ft.decoding import Guide
 from constrained_ft.distributed import seed_everything
 from constrained_ft.errors import CheckpointError
+from constrained_ft.fused import Guidance, Head
 from constrained_ft.rollouts import Rollouts
 
 LOGIT_LIMIT = 15.0
-_PRIOR_RANGE = (-8.0, 0.0)
+_PRIOR_LIMIT = 8.0
 _WEIGHTS, _SHAPE = "auxiliary.safetensors", "config.json"
 
 
@@ -62,6 +63,24 @@ class TokenTable:
         """logit R of every next token."""
         u = F.linear(factors, self.tokens_VR, self.prior_V) + offset[..., None]
         return u.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+
+    def guidance(
+        self,
+        head: Head,
+        hidden_MD: Float[Tensor, "M D"],
+        factors_MR: Float[Tensor, "M R"],
+        offset_M: Float[Tensor, " M"],
+    ) -> Guidance:
+        """What R says of every next token of a reference, for losses that need all of them."""
+        return Guidance(
+            hidden_MD=hidden_MD,
+            head=head,
+            factors_MR=factors_MR,
+            offset_M=offset_M,
+            tokens_VR=self.tokens_VR,
+            prior_V=self.prior_V,
+            limit=LOGIT_LIMIT,
+        )
 
     def logits_of(
         self,
@@ -133,7 +152,7 @@ class Auxiliary(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.prior_gain = nn.Parameter(torch.ones(()))
-        # What any token adds: the prior is never positive, and typical tokens must add nothing.
+        # What any token adds: typical ones must add nothing, whatever their prior.
         self.drift = nn.Parameter(torch.zeros(()))
 
     def table(self) -> TokenTable:
@@ -321,8 +340,8 @@ def vocabulary_prior(
 ) -> Float[Tensor, " V"]:
     """Evidence of each token on its own: log odds of its score against those of the empty text.
 
-    Clamped to [-8, 0]: on its own a token can speak against the constraint, never for it.
+    Cut at 8 on both sides: one token that is certain on its own may not be so in a text.
     """
     odds_V = torch.logit(score_tokens_V.double(), eps=1e-6)
     nothing = torch.logit(torch.tensor(score_nothing, dtype=torch.float64), eps=1e-6)
-    return (odds_V - nothing).clamp(*_PRIOR_RANGE).float()
+    return (odds_V - nothing).clamp(-_PRIOR_LIMIT, _PRIOR_LIMIT).float()

@@ -25,10 +25,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from constrained_ft import equations
-from constrained_ft.auxiliary import Auxiliary, FrozenAuxiliary
+from constrained_ft.auxiliary import Auxiliary, Evidence, FrozenAuxiliary, TokenTable
 from constrained_ft.config import AuxiliaryConfig
 from constrained_ft.distributed import StopRequest, generator_for, seed_everything, seed_for
-from constrained_ft.fused import Head
+from constrained_ft.fused import Head, expected_satisfaction
 from constrained_ft.progress import Display
 from constrained_ft.rollouts import LabeledRollouts
 
@@ -221,17 +221,28 @@ def _loss(
     rows, columns = pairs_NT.nonzero(as_tuple=True)
     drawn = torch.randperm(len(rows), device=rows.device)[:_CONSISTENCY_ROWS]
     rows, columns = rows[drawn], columns[drawn]
-    with torch.no_grad():
-        expected_M, complement_M = equations.expected_satisfaction_logprobs(
-            head(batch.hidden_NTD[rows, columns + 1]),
-            table.logits(
-                evidence.factors_NTR[rows, columns + 1], evidence.offset_NT[rows, columns + 1]
-            ),
-        )
+    expected_M, complement_M = _expected(
+        table, evidence, head, batch.hidden_NTD, (rows, columns + 1)
+    )
     residuals_M = equations.consistency_divergence(
         expected_M, complement_M, logits_NT[rows, columns]
     )
     return loss + consistency_weight * residuals_M.mean()
+
+
+def _expected(
+    table: TokenTable,
+    evidence: Evidence,
+    head: Head,
+    hidden_NTD: Float[Tensor, "N T D"],
+    places: tuple[Int[Tensor, " M"], Int[Tensor, " M"]],
+) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"]]:
+    """log Rbar and log(1 - Rbar) at some rows and columns, without gradient."""
+    return expected_satisfaction(
+        table.guidance(
+            head, hidden_NTD[places], evidence.factors_NTR[places], evidence.offset_NT[places]
+        )
+    )
 
 
 @torch.no_grad()
@@ -300,11 +311,8 @@ def measure(
     generator = generator_for(seed, "tower")
     drawn = torch.randperm(len(rows), generator=generator)[:_CALIBRATION_ROWS].to(rows.device)
     rows, columns = rows[drawn], columns[drawn]
-    expected_M, _ = equations.expected_satisfaction_logprobs(
-        head(examples.hidden_NTD[rows, columns + 1]),
-        auxiliary.table.logits(
-            evidence.factors_NTR[rows, columns + 1], evidence.offset_NT[rows, columns + 1]
-        ),
+    expected_M, _ = _expected(
+        auxiliary.table, evidence, head, examples.hidden_NTD, (rows, columns + 1)
     )
     residual_M = (expected_M - F.logsigmoid(logits_NT[rows, columns])).abs()
     metrics["auxiliary/tower_residual"] = float(residual_M.mean())

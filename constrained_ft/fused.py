@@ -14,8 +14,11 @@ of a few hundred rows. The gradient to a row's logits,
 is known as soon as the row is, so the forward pass ends with the gradients to the hidden states
 and the head, and the backward pass multiplies them by a number. The products run on chunks of rows;
 what lies between them runs on blocks of a chunk that stay in a CPU's cache.
+
+The fit of R needs the expectation of R under the reference: the same products with another end.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -75,8 +78,8 @@ class Head:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tilt:
-    """What makes q of some rows: the reference's hidden states and head, and R."""
+class Guidance:
+    """The reference's hidden states and head, and R, at some rows."""
 
     hidden_MD: Float[Tensor, "M D"]
     head: Head
@@ -86,6 +89,12 @@ class Tilt:
     prior_V: Float[Tensor, " V"]
     limit: float
     """Logits of R are cut here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tilt(Guidance):
+    """What makes q of some rows, and how much they count."""
+
     floor_M: Float[Tensor, " M"] | None
     """alpha of each row; None is 0 everywhere."""
     weights_M: Float[Tensor, " M"]
@@ -132,13 +141,58 @@ def fused_losses(
 
     Source: [CFT], the regulariser in its closed form; the formulas are those of `equations`.
     """
-    rows = chunk_rows or chunk_rows_for(len(head.weight_VD), hidden_MD.device)
+    rows = _chunk_rows(hidden_MD, head, chunk_rows)
     same = tilt is not None and tilt.hidden_MD is hidden_MD and tilt.head is head
     call = _Call(head=head, tilt=tilt, labels=labels, chunk_rows=rows, same=same)
     loss, kl_M, ce_M, log_satisfaction_M = _FusedLosses.apply(  # type: ignore[no-untyped-call]
         hidden_MD, head.weight_VD, head.bias_V, call
     )
     return Losses(loss=loss, kl_M=kl_M, ce_M=ce_M, log_satisfaction_M=log_satisfaction_M)
+
+
+@torch.no_grad()
+def expected_satisfaction(
+    guidance: Guidance, *, chunk_rows: int | None = None
+) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"]]:
+    """(log Rbar, log(1 - Rbar)) of every row: what R is expected to say one token later.
+
+    Args:
+        guidance: the reference and R.
+        chunk_rows: rows whose logits exist at once; None derives it from a budget in bytes.
+
+    Source: [NADO]; the definition is `equations.expected_satisfaction_logprobs`.
+    """
+    hidden_MD, size = guidance.hidden_MD, len(guidance.head.weight_VD)
+    rows = _chunk_rows(hidden_MD, guidance.head, chunk_rows)
+    logits, evidence = (hidden_MD.new_empty(rows, size, dtype=_wide(hidden_MD)) for _ in range(2))
+    found = hidden_MD.new_empty(2, len(hidden_MD), dtype=_wide(hidden_MD))
+    for start in range(0, len(hidden_MD), rows):
+        chunk = slice(start, start + rows)
+        t_CV = _product(hidden_MD[chunk], guidance.head, logits)
+        u_CV = _evidence(guidance, chunk, evidence)
+        for block in _blocks(t_CV):
+            part = slice(start + block.start, start + block.stop)
+            found[:, part] = _expectations(t_CV[block], u_CV[block], guidance, part)
+    return found[0], found[1]
+
+
+def _expectations(t: Tensor, u: Tensor, guidance: Guidance, rows: slice) -> Tensor:
+    """log Rbar and log(1 - Rbar) from logits of the reference and evidence of R; uses both up."""
+    u += guidance.offset_M[rows, None]
+    u.clamp_(-guidance.limit, guidance.limit)
+    before_B = _logsumexp(t)
+    satisfied_B = _logsumexp(t + F.logsigmoid(u))
+    t -= F.softplus(u)  # -log(1 - R)
+    return (torch.stack([satisfied_B, _logsumexp(t)]) - before_B).clamp_(max=0.0)
+
+
+def _chunk_rows(hidden_MD: Tensor, head: Head, most: int | None) -> int:
+    """Rows of a chunk, the last one too: products of a few rows left over would be slow."""
+    rows = len(hidden_MD)
+    chunks = max(
+        1, math.ceil(rows / (most or chunk_rows_for(len(head.weight_VD), hidden_MD.device)))
+    )
+    return max(1, math.ceil(rows / chunks))
 
 
 def chunk_rows_for(vocabulary: int, device: torch.device) -> int:
@@ -230,9 +284,7 @@ class _Work:
                 target_CV = self.target[: len(hidden_CD)].copy_(logits_CV)
             else:
                 target_CV = _product(call.tilt.hidden_MD[chunk], call.tilt.head, self.target)
-            evidence_CV = self.evidence[: len(hidden_CD)]
-            tilt = call.tilt
-            torch.addmm(tilt.prior_V, tilt.factors_MR[chunk], tilt.tokens_VR.T, out=evidence_CV)
+            evidence_CV = _evidence(call.tilt, chunk, self.evidence)
         for block in _blocks(logits_CV):
             rows = slice(chunk.start + block.start, chunk.start + block.stop)
             self._block(rows, logits_CV[block], target_CV[block], evidence_CV[block])
@@ -315,6 +367,14 @@ def _product(hidden_CD: Tensor, head: Head, buffer: Tensor) -> Tensor:
     if head.bias_V is not None:
         logits_CV += head.bias_V
     return logits_CV
+
+
+def _evidence(guidance: Guidance, chunk: slice, buffer: Tensor) -> Tensor:
+    """What R says of every next token but for the offset of the row."""
+    factors_CR = guidance.factors_MR[chunk]
+    evidence_CV = buffer[: len(factors_CR)]
+    torch.addmm(guidance.prior_V, factors_CR, guidance.tokens_VR.T, out=evidence_CV)
+    return evidence_CV
 
 
 def _wide(hidden: Tensor) -> torch.dtype:

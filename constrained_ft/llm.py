@@ -192,12 +192,27 @@ class LLM:
 
     def checkpoint_activations(self) -> None:
         """Compute activations again in the backward pass instead of keeping them."""
-        self.module.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+        self._enable_checkpoints()
         if self.peft_model is not None:
             self.module.enable_input_require_grads()
         self.checkpoints = True
+
+    def _enable_checkpoints(self) -> None:
+        self.module.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+
+    @contextmanager
+    def keeping_activations(self) -> Iterator[None]:
+        """Training as it would be without `checkpoint_activations`."""
+        if self.checkpoints:
+            self.module.gradient_checkpointing_disable()
+        try:
+            with self.training():
+                yield
+        finally:
+            if self.checkpoints:
+                self._enable_checkpoints()
 
     def hidden_states(
         self, ids_BL: Int[Tensor, "B L"], lengths_B: Int[Tensor, " B"]

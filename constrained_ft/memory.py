@@ -11,15 +11,43 @@ import torch
 from constrained_ft.config import Config
 from constrained_ft.fused import chunk_rows_for
 from constrained_ft.llm import LLM
+from constrained_ft.packing import Tree
+from constrained_ft.prompts import Prompts
 
 _BUFFERS = 3  # float32 tensors of [chunk rows, vocabulary] in one loss
 _SAMPLING_BUFFERS = 4  # the same of [rows, vocabulary] when a token is drawn
-_ACTIVATION_BYTES = {True: 75, False: 125}  # by bf16: a token, hidden unit and layer, for backward
+_TREES, _TREE_TOKENS = 8, 32  # of the pass whose activations are counted
 _USABLE = 0.8  # of the spare memory: estimates err
 _MAXRSS_BYTES = 1 if sys.platform == "darwin" else 2**10  # the unit of ru_maxrss
 
 
-def estimate_memory(llm: LLM, config: Config) -> int | None:
+def activation_bytes(llm: LLM) -> float:
+    """Bytes that a token keeps for the backward pass, all layers together, without checkpoints.
+
+    What autograd saves in a small forward pass is counted, whatever the architecture.
+    """
+    longest = getattr(llm.module.config.get_text_config(), "max_position_embeddings", _TREE_TOKENS)
+    ids = tuple(range(min(_TREE_TOKENS, longest, len(llm.head.weight_VD))))
+    kept: dict[int, int] = {}
+    weights = {tensor.untyped_storage().data_ptr() for tensor in llm.module.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    packed = llm.pack([Tree(stem=ids)] * _TREES)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda same: same),
+        llm.keeping_activations(),
+    ):
+        states_SD = llm.packed_states(packed)  # as long as it is here, nothing is freed
+    assert states_SD.requires_grad
+    return sum(kept.values()) / packed.ids_BL.numel()
+
+
+def estimate_memory(llm: LLM, prompts: Prompts, config: Config) -> int | None:
     """Bytes at the peak of a run whose parts are loaded; None where the system does not tell.
 
     What is held now, what training adds for good, and what its greediest stage adds for a while.
@@ -27,15 +55,16 @@ def estimate_memory(llm: LLM, config: Config) -> int | None:
     held = held_memory(llm.device)
     if held is None:
         return None
-    stages = _update_bytes(llm, config), _sampling_bytes(llm, config), _export_bytes(llm, config)
+    update = _update_bytes(llm, prompts, config)
+    stages = update, _sampling_bytes(llm, config), _export_bytes(llm, config)
     added = _training_bytes(llm, config) + max(stages)
     return max(held + added, peak_memory(llm.device) or 0)
 
 
-def update_fits(llm: LLM, config: Config) -> bool:
+def update_fits(llm: LLM, prompts: Prompts, config: Config) -> bool:
     """Whether the memory of an update is there; true where the system does not tell."""
     spare = spare_memory(llm.device)
-    added = _training_bytes(llm, config) + _update_bytes(llm, config)
+    added = _training_bytes(llm, config) + _update_bytes(llm, prompts, config)
     return spare is None or added < _USABLE * spare
 
 
@@ -48,21 +77,20 @@ def _training_bytes(llm: LLM, config: Config) -> int:
     return 4 * 5 * trained + kept * tokens * width * _state_bytes(llm)
 
 
-def _update_bytes(llm: LLM, config: Config) -> int:
+def _update_bytes(llm: LLM, prompts: Prompts, config: Config) -> int:
     """Activations of one pass and one chunk of logits."""
-    text, trainer = llm.module.config.get_text_config(), config.trainer
-    # One pass holds corpus rows and completions; a prompt is about as long as a completion.
+    trainer, text = config.trainer, llm.module.config.get_text_config()
     completions = -(-trainer.rollouts_per_step // trainer.gradient_accumulation_steps)
+    lengths = [len(prompt.token_ids) for prompt in prompts.training]
     tokens = trainer.per_device_train_batch_size * config.data.max_length
-    tokens += completions * 2 * config.prompts.max_new_tokens
-    layers = text.num_hidden_layers
-    if config.llm.lora is not None:
-        layers -= config.llm.lora.first_layer
+    tokens += completions * (sum(lengths) // len(lengths) + config.prompts.max_new_tokens)
+    token_bytes = activation_bytes(llm)
     if llm.checkpoints:
-        layers = 1
-    activations: int = tokens * layers * text.hidden_size * _ACTIVATION_BYTES[llm.bf16]
+        # The inputs of every layer, and one layer's activations at a time.
+        layers = text.num_hidden_layers
+        token_bytes = token_bytes / layers + layers * text.hidden_size * _state_bytes(llm)
     size = len(llm.head.weight_VD)
-    return activations + 4 * _BUFFERS * chunk_rows_for(size, llm.device) * size
+    return int(tokens * token_bytes) + 4 * _BUFFERS * chunk_rows_for(size, llm.device) * size
 
 
 def _sampling_bytes(llm: LLM, config: Config) -> int:

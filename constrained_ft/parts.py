@@ -74,7 +74,7 @@ def build_parts(config: Config, display: Display, stop: StopRequest) -> Parts:
         precision=config.trainer.precision,
         seed=seed_for(config.seed, "adapters"),
     )
-    if config.llm.gradient_checkpointing == "auto" and not update_fits(llm, config):
+    if config.llm.gradient_checkpointing == "auto" and not update_fits(llm, prompts, config):
         llm.checkpoint_activations()
     display.advance()
     auxiliary = build_auxiliary(config, llm, tokenizer, scorer)

@@ -17,7 +17,7 @@ def look_before(parts: Parts, config: Config, folder: RunFolder) -> evaluate.Eva
         ScorerError: when the base satisfies the constraint always or never: nothing to learn from.
     """
     base = _evaluate_base(parts, config, folder)
-    parts.memory_estimate = estimate_memory(parts.llm, config)
+    parts.memory_estimate = estimate_memory(parts.llm, parts.prompts, config)
     _announce(parts, config, folder, base)
     record_base(parts, config, folder)
     return base

@@ -22,7 +22,7 @@ from constrained_ft.auxiliary import LOGIT_LIMIT, Evidence, FrozenAuxiliary, Tok
 from constrained_ft.config import Config, TrainerConfig
 from constrained_ft.distributed import StopRequest, generator_for
 from constrained_ft.fit import fit_auxiliary
-from constrained_ft.fused import Head, Tilt, fused_losses
+from constrained_ft.fused import Head, Tilt, expected_satisfaction, fused_losses
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.parts import Parts
 from constrained_ft.progress import Display
@@ -287,7 +287,11 @@ def _prompt_satisfaction(
     rollouts = labeled.rollouts
     counts_S = torch.bincount(rollouts.prompt_N, minlength=len(rollouts.prompts))
     first_S = counts_S.cumsum(0) - counts_S
-    return equations.expected_satisfaction_logprobs(
-        head(rollouts.hidden_NTD[first_S, 0]),
-        auxiliary.table.logits(evidence.factors_NTR[first_S, 0], evidence.offset_NT[first_S, 0]),
+    return expected_satisfaction(
+        auxiliary.table.guidance(
+            head,
+            rollouts.hidden_NTD[first_S, 0],
+            evidence.factors_NTR[first_S, 0],
+            evidence.offset_NT[first_S, 0],
+        )
     )

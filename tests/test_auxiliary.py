@@ -210,10 +210,10 @@ def test_the_scale_of_the_embeddings_does_not_matter() -> None:
 # The prior ----------------------------------------------------------------------------------------
 
 
-def test_the_prior_is_the_log_odds_against_the_empty_text_and_never_positive() -> None:
-    scores_V = torch.tensor([0.5, 0.8, 0.99, 0.0, 1.0])
+def test_the_prior_is_the_log_odds_against_the_empty_text_within_bounds() -> None:
+    scores_V = torch.tensor([0.5, 0.8, 0.9, 0.0, 1.0])
     prior_V = vocabulary_prior(scores_V, 0.8)
-    expected = [np.log(1) - np.log(4), 0.0, 0.0, -8.0, 0.0]
+    expected = [np.log(1) - np.log(4), 0.0, np.log(9) - np.log(4), -8.0, 8.0]
     torch.testing.assert_close(prior_V, torch.tensor(expected, dtype=torch.float32))
 
 

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from constrained_ft import equations
-from constrained_ft.fused import Head, Labels, Losses, Tilt, chunk_rows_for, fused_losses
+from constrained_ft import fused as fused_module
+from constrained_ft.fused import (
+    Head,
+    Labels,
+    Losses,
+    Tilt,
+    chunk_rows_for,
+    expected_satisfaction,
+    fused_losses,
+)
 
 SHAPES = 1000
 
@@ -290,6 +299,51 @@ def test_no_rows_are_no_loss() -> None:
     loss = fused_losses(hidden, case.head, labels=labels).loss
     loss.backward()  # type: ignore[no-untyped-call]
     assert float(loss.detach()) == 0
+
+
+def test_the_expectation_of_r_is_that_of_the_equations() -> None:
+    seen = 0
+    for seed in range(SHAPES // 5):
+        tilt = some_case(seed).tilt
+        if tilt is None:
+            continue
+        seen += 1
+        ours = expected_satisfaction(tilt, chunk_rows=1 + seed % 41)
+        wide = some_case(seed).to(torch.float64).tilt
+        assert wide is not None
+        u_MV = wide.factors_MR @ wide.tokens_VR.T + wide.prior_V + wide.offset_M[:, None]
+        theirs = equations.expected_satisfaction_logprobs(
+            torch.nn.functional.linear(wide.hidden_MD, wide.head.weight_VD, wide.head.bias_V),
+            u_MV.clamp(-wide.limit, wide.limit),
+        )
+        for mine, exact in zip(ours, theirs, strict=True):
+            assert mine.dtype == torch.float32
+            assert float((mine - exact).abs().max()) < 2e-5, seed
+        ones = torch.stack(ours).double().exp().sum(0)
+        torch.testing.assert_close(ones, torch.ones_like(ones), rtol=0, atol=1e-5)
+    assert seen > SHAPES / 10
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "expected"), [(223, 222, 112), (222, 222, 222), (5, 9, 5)]
+)
+def test_chunks_are_of_one_size(rows: int, most: int, expected: int) -> None:
+    case = with_both(0)
+    repeated = case.hidden[:1].repeat(rows, 1)
+    labels = Labels(next_M=torch.zeros(rows, dtype=torch.long), weights_M=torch.ones(rows))
+    seen: list[int] = []
+    product = fused_module._product
+
+    def watched(hidden_CD: Tensor, head: Head, buffer: Tensor) -> Tensor:
+        seen.append(len(hidden_CD))
+        return product(hidden_CD, head, buffer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_module, "_product", watched)
+        fused_losses(repeated, case.head, labels=labels, chunk_rows=most)
+    assert max(seen) == expected
+    assert sum(seen) == rows
+    assert max(seen) - min(seen) <= 1
 
 
 def test_chunks_follow_a_budget_with_a_floor() -> None:

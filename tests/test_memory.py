@@ -1,0 +1,103 @@
+"""How much memory a run will need, and how much it took."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from small import SHAPES, small_config, tiny_llm
+from torch.profiler import ProfilerActivity, profile
+
+from constrained_ft import memory
+from constrained_ft.distributed import StopRequest
+from constrained_ft.memory import (
+    activation_bytes,
+    held_memory,
+    memory_line,
+    memory_words,
+    peak_memory,
+    spare_memory,
+)
+from constrained_ft.packing import Tree
+from constrained_ft.parts import build_parts
+from constrained_ft.progress import Silent
+
+
+def test_memory_beside_its_estimate() -> None:
+    peak = peak_memory(torch.device("cpu"))
+    assert peak is not None
+    held = torch.ones(peak // 4 + 2**24)  # more than ever before
+    assert peak_memory(torch.device("cpu")) > peak
+    del held
+    assert memory_line(2 * 2**30, 3 * 2**30) == (
+        "memory: 2.0 GiB at the peak, 3.0 GiB estimated (+50%)"
+    )
+    assert "does not tell" in memory_line(None, 2**30)
+
+
+@pytest.mark.parametrize(
+    ("setting", "spare", "twice"),
+    [
+        ("auto", 2**20, True),
+        ("auto", 2**40, False),
+        ("auto", None, False),
+        ("false", 2**20, False),
+        ("true", 2**40, True),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_activations_are_computed_twice_where_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch, setting: str, spare: int | None, *, twice: bool
+) -> None:
+    monkeypatch.setattr(memory, "spare_memory", lambda _: spare)
+    config = small_config(f"llm.gradient_checkpointing={setting}")
+    parts = build_parts(config, Silent(), StopRequest())
+    assert parts.llm.checkpoints == twice
+    assert memory_words(parts.llm, 2**31) == "about 2.0 GiB" + (
+        ", activations computed twice" if twice else ""
+    )
+
+
+def test_what_a_tensor_takes_is_held_and_no_longer_spare() -> None:
+    cpu = torch.device("cpu")
+    held, spare = held_memory(cpu), spare_memory(cpu)
+    assert held is not None
+    assert spare is not None
+    tensor = torch.ones(2**28)
+    now = held_memory(cpu)
+    assert now is not None
+    assert abs(now - held - 4 * len(tensor)) < 2**28
+    assert spare_memory(cpu) != spare
+
+
+@contextmanager
+def allocations() -> Iterator[list[int]]:
+    """Bytes that the allocator gave out and did not take back, by torch's profiler."""
+    found: list[int] = []
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        yield found
+    found.append(sum(event.self_cpu_memory_usage for event in seen.key_averages()))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("lora", [False, True])
+def test_activations_are_what_the_allocator_gave_out(shape: str, *, lora: bool) -> None:
+    llm = tiny_llm(shape, lora=lora)
+    counted = activation_bytes(llm)
+    packed = llm.pack([Tree(stem=tuple(range(32)))] * 32)
+    with llm.training(), allocations() as found:
+        states_SD = llm.packed_states(packed)
+    assert len(states_SD) == packed.ids_BL.numel() >= 1024
+    assert counted == pytest.approx(found[0] / len(states_SD), rel=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_activations_are_counted_where_they_are_computed_twice() -> None:
+    llm = tiny_llm()
+    counted = activation_bytes(llm)
+    llm.checkpoint_activations()
+    assert activation_bytes(llm) == counted
+    packed = llm.pack([Tree(stem=tuple(range(32)))] * 32)
+    with llm.training(), allocations() as found:
+        states_SD = llm.packed_states(packed)
+    assert found[0] / len(states_SD) < counted / 3
