@@ -3,13 +3,15 @@
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from constrained_ft.config import Config
-from constrained_ft.fused import chunk_rows_for
+from constrained_ft.distributed import seed_everything
+from constrained_ft.fused import Labels, Tilt, chunk_rows_for, fused_losses
 from constrained_ft.llm import LLM
 from constrained_ft.packing import Tree
 from constrained_ft.prompts import Prompts
@@ -50,15 +52,53 @@ def activation_bytes(llm: LLM) -> float:
 def estimate_memory(llm: LLM, prompts: Prompts, config: Config) -> int | None:
     """Bytes at the peak of a run whose parts are loaded; None where the system does not tell.
 
-    What is held now, what training adds for good, and what its greediest stage adds for a while.
+    The passes of the largest update are rehearsed, as no count knows what an allocator leaves
+    unused between tensors. To their peak comes what training adds for good; the other stages are
+    reckoned from what is held now.
     """
     held = held_memory(llm.device)
     if held is None:
         return None
-    update = _update_bytes(llm, prompts, config)
-    stages = update, _sampling_bytes(llm, config), _export_bytes(llm, config)
-    added = _training_bytes(llm, config) + max(stages)
-    return max(held + added, peak_memory(llm.device) or 0)
+    rehearsed = peak_during(lambda: _rehearse_update(llm, prompts, config), llm.device)
+    update = held + _update_bytes(llm, prompts, config) if rehearsed is None else rehearsed
+    others = held + max(_sampling_bytes(llm, config), _export_bytes(llm, config))
+    whole = _training_bytes(llm, config) + max(update, others)
+    return max(whole, peak_memory(llm.device) or 0)
+
+
+def _rehearse_update(llm: LLM, prompts: Prompts, config: Config) -> None:
+    """Forward and backward of as many tokens as a step may have; changes nothing."""
+    trees = _largest_batch(llm, prompts, config)
+    with seed_everything(0), llm.training():
+        states_SD = llm.packed_states(llm.pack(trees))
+        next_S = torch.zeros(len(states_SD), dtype=torch.long, device=llm.device)
+        ones_S = torch.ones(len(states_SD), device=llm.device)
+        size, rank = len(llm.head.weight_VD), config.auxiliary.rank
+        tilt = Tilt(
+            hidden_MD=states_SD.detach().clone(),
+            head=llm.head.frozen(),
+            factors_MR=ones_S[:, None].expand(-1, rank),
+            offset_M=ones_S,
+            tokens_VR=ones_S.new_zeros(size, rank),
+            prior_V=ones_S.new_zeros(size),
+            limit=1.0,
+            floor_M=None,
+            weights_M=ones_S,
+        )
+        labels = Labels(next_M=next_S, weights_M=ones_S)
+        fused_losses(states_SD, llm.head, tilt=tilt, labels=labels).loss.backward()
+    llm.module.zero_grad(set_to_none=True)
+
+
+def _largest_batch(llm: LLM, prompts: Prompts, config: Config) -> list[Tree]:
+    """Corpus rows and completions of one pass, all as long as they can be, of any tokens."""
+    trainer, size = config.trainer, len(llm.head.weight_VD)
+    lengths = [len(prompt.token_ids) for prompt in prompts.training]
+    stem = -(-sum(lengths) // len(lengths))
+    completions = -(-trainer.rollouts_per_step // trainer.gradient_accumulation_steps)
+    counts = [config.data.max_length] * (trainer.per_device_train_batch_size * trainer.corpus)
+    counts += [stem + config.prompts.max_new_tokens] * (completions * (trainer.kl_weight > 0))
+    return [Tree(stem=tuple(token % size for token in range(count))) for count in counts]
 
 
 def update_fits(llm: LLM, prompts: Prompts, config: Config) -> bool:
@@ -79,17 +119,13 @@ def _training_bytes(llm: LLM, config: Config) -> int:
 
 def _update_bytes(llm: LLM, prompts: Prompts, config: Config) -> int:
     """Activations of one pass and one chunk of logits."""
-    trainer, text = config.trainer, llm.module.config.get_text_config()
-    completions = -(-trainer.rollouts_per_step // trainer.gradient_accumulation_steps)
-    lengths = [len(prompt.token_ids) for prompt in prompts.training]
-    tokens = trainer.per_device_train_batch_size * config.data.max_length
-    tokens += completions * (sum(lengths) // len(lengths) + config.prompts.max_new_tokens)
+    text, size = llm.module.config.get_text_config(), len(llm.head.weight_VD)
+    tokens = sum(len(tree.stem) for tree in _largest_batch(llm, prompts, config))
     token_bytes = activation_bytes(llm)
     if llm.checkpoints:
         # The inputs of every layer, and one layer's activations at a time.
         layers = text.num_hidden_layers
         token_bytes = token_bytes / layers + layers * text.hidden_size * _state_bytes(llm)
-    size = len(llm.head.weight_VD)
     return int(tokens * token_bytes) + 4 * _BUFFERS * chunk_rows_for(size, llm.device) * size
 
 
@@ -172,6 +208,23 @@ def spare_memory(device: torch.device) -> int | None:
     except OSError:
         return None
     return min(spare, default=None)
+
+
+def peak_during(work: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes at the peak of a piece of work; None, and the work not done, where unknown."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return int(torch.cuda.max_memory_allocated(device))
+    release_freed()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the mark of the peak is taken down
+    except OSError:
+        return None
+    work()
+    # Not getrusage, whose peak is that of all time, and of the process that started this one.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 2**10 for line in lines if line.startswith("VmHWM"))
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -23,6 +23,7 @@ def build_optimization(llm: LLM, config: TrainerConfig) -> Optimization:
         llm.trained_parameters().values(),
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
+        fused=True,
     )
     scheduler = get_scheduler(
         "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler,

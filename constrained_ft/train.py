@@ -116,6 +116,7 @@ def _finish(parts: Parts, config: Config, folder: RunFolder, base: Evaluation) -
         export(parts.llm, folder.final_llm, folder.final_adapter)
         parts.auxiliary.frozen().save(folder.final_auxiliary)
     parts.display.advance()
+    release_freed()
     with parts.phases.during("evaluation"):
         before = load_base(parts.llm, precision=config.trainer.precision)
         tuned = evaluate_held_out(parts, config, final, "tuned", before)

@@ -43,7 +43,7 @@ from constrained_ft.finetune import backward_of_step, update_llm  # noqa: E402
 from constrained_ft.fused import Head, Tilt, chunk_rows_for, fused_losses  # noqa: E402
 from constrained_ft.llm import LLM  # noqa: E402
 from constrained_ft.loading import load_llm, load_tokenizer, plain_config  # noqa: E402
-from constrained_ft.memory import release_freed  # noqa: E402
+from constrained_ft.memory import held_memory, peak_during  # noqa: E402
 from constrained_ft.optimization import build_optimization  # noqa: E402
 from constrained_ft.parts import Parts, build_parts  # noqa: E402
 from constrained_ft.progress import Silent  # noqa: E402
@@ -272,24 +272,10 @@ def _peak(which: str) -> float:
 def _peak_here(which: str) -> int:
     inputs = loss_inputs(4096, 50_257, 768, 64)
     work = {"fused": fused, "dense": dense}[which]
-    # Making the inputs took more than holding them, so the mark of the peak is taken down.
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        work(*inputs)
-        return torch.cuda.max_memory_allocated() - held
-    release_freed()
-    Path("/proc/self/clear_refs").write_text("5")
-    held = _status("VmRSS")
-    work(*inputs)
-    # Not getrusage, whose peak is also that of the process which started this one.
-    return _status("VmHWM") - held
-
-
-def _status(name: str) -> int:
-    """A number of this process's own account, in bytes. Linux only."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 2**10
+    held, peak = held_memory(DEVICE), peak_during(lambda: work(*inputs), DEVICE)
+    if held is None or peak is None:
+        raise SystemExit("this system does not tell how much memory a process takes")
+    return peak - held
 
 
 # The sampler.

@@ -5,16 +5,18 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from small import SHAPES, small_config, tiny_llm
+from small import SHAPES, small_config, small_parts, tiny_llm
 from torch.profiler import ProfilerActivity, profile
 
 from constrained_ft import memory
 from constrained_ft.distributed import StopRequest
 from constrained_ft.memory import (
     activation_bytes,
+    estimate_memory,
     held_memory,
     memory_line,
     memory_words,
+    peak_during,
     peak_memory,
     spare_memory,
 )
@@ -101,3 +103,46 @@ def test_activations_are_counted_where_they_are_computed_twice() -> None:
     with llm.training(), allocations() as found:
         states_SD = llm.packed_states(packed)
     assert found[0] / len(states_SD) < counted / 3
+
+
+def test_the_peak_of_a_piece_of_work_forgets_what_was_before() -> None:
+    cpu = torch.device("cpu")
+    before = torch.ones(2**28)
+    del before
+    held = held_memory(cpu)
+    peak = peak_during(lambda: torch.ones(2**26), cpu)
+    assert held is not None
+    assert peak is not None
+    assert abs(peak - held - 2**28) < 2**26
+
+
+@pytest.mark.parametrize("overrides", [[], ["trainer.kl_weight=0"], ["trainer.corpus=false"]])
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_estimate_changes_nothing(overrides: list[str], *, lora: bool) -> None:
+    config = small_config(*overrides, lora=lora)
+    parts = small_parts(config)
+    weights = {name: p.clone() for name, p in parts.llm.module.named_parameters()}
+    random, held = torch.get_rng_state(), held_memory(parts.llm.device)
+    estimate = estimate_memory(parts.llm, parts.prompts, config)
+    assert estimate is not None
+    assert held is not None
+    assert estimate > held
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not parts.llm.module.training
+    for name, parameter in parts.llm.module.named_parameters():
+        assert parameter.grad is None
+        assert torch.equal(parameter, weights[name])
+
+
+def test_an_update_is_reckoned_where_its_peak_cannot_be_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = small_config("trainer.per_device_train_batch_size=4", "data.max_length=128")
+    parts = small_parts(config)
+    monkeypatch.setattr(memory, "peak_during", lambda *_: None)
+    monkeypatch.setattr(memory, "peak_memory", lambda _: 0)
+    held = held_memory(parts.llm.device)
+    estimate = estimate_memory(parts.llm, parts.prompts, config)
+    assert estimate is not None
+    assert held is not None
+    assert estimate - held > 512 * activation_bytes(parts.llm)
