@@ -14,7 +14,7 @@ step; dividing by the corpus tokens changes the scale, not the minimiser)
 many tokens as the mean completion has count as one sequence.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -47,7 +47,7 @@ def update_llm(parts: Parts, target: Target, config: Config, iteration: int) -> 
     llm, trainer, optimization = parts.llm, config.trainer, parts.optimization
     parts.display.phase("updating the LLM", trainer.steps_per_iteration)
     seen: list[dict[str, float]] = []
-    split = _split_rollouts(target, trainer.steps_per_iteration, config.seed, iteration)
+    split = _split_rollouts(target, config, iteration)
     prompts_per_step = target.num_prompts / trainer.steps_per_iteration
     with llm.training():
         for index, rows_N in enumerate(split):
@@ -62,7 +62,10 @@ def update_llm(parts: Parts, target: Target, config: Config, iteration: int) -> 
                 for micro in range(trainer.gradient_accumulation_steps if trainer.corpus else 0)
             ]
             optimization.optimizer.zero_grad()
-            losses = backward_of_step(llm, target, rows_N, batches, trainer, prompts_per_step)
+            live = trainer.reference == "live" or (trainer.reference == "fresh" and index == 0)
+            losses = backward_of_step(
+                llm, target, rows_N, batches, trainer, prompts_per_step, live=live
+            )
             _guard(losses, config.guard.kl_limit, step)
             norm = torch.nn.utils.clip_grad_norm_(
                 llm.trained_parameters().values(), trainer.max_grad_norm
@@ -82,13 +85,22 @@ def update_llm(parts: Parts, target: Target, config: Config, iteration: int) -> 
     }
 
 
-def backward_of_step(
+def rows_after_first_step(target: Target, config: Config, iteration: int) -> Int[Tensor, " N"]:
+    """The rollouts whose reference has to be kept: at the first step a fresh one is the LLM."""
+    return torch.cat(
+        [*_split_rollouts(target, config, iteration)[1:], target.rollouts.prompt_N[:0]]
+    )
+
+
+def backward_of_step(  # noqa: PLR0913
     llm: LLM,
     target: Target,
     rows_N: Int[Tensor, " N"],
     batches: Sequence[Sequence[Row]],
     config: TrainerConfig,
     num_prompts: float,
+    *,
+    live: bool = False,
 ) -> dict[str, float]:
     """Add the gradient of one optimizer step's loss, in as many passes as there are batches.
 
@@ -99,6 +111,7 @@ def backward_of_step(
         batches: corpus rows, one entry a pass.
         config: the `trainer` section.
         num_prompts: prompts that the step's rollouts stand for, a part of one counting as a part.
+        live: the p inside q* is the LLM as it is, without gradient, and no other reference.
 
     Returns:
         Cross-entropy, KL and loss of the step, as in `metrics.METRICS`.
@@ -111,9 +124,7 @@ def backward_of_step(
     ce_sum, kl_sum = 0.0, 0.0
     for rows, part_N in zip(passes, used_N.tensor_split(len(passes)), strict=True):
         if rows or len(part_N) > 0:
-            ce, kl = _backward_of_pass(
-                llm, target, part_N, rows, 1.0 / tokens, scale, live=config.reference == "live"
-            )
+            ce, kl = _backward_of_pass(llm, target, part_N, rows, 1.0 / tokens, scale, live=live)
             ce_sum, kl_sum = ce_sum + ce, kl_sum + kl
     return {
         "update/ce": ce_sum / tokens if batches else 0.0,
@@ -145,8 +156,6 @@ def _backward_of_pass(  # noqa: PLR0913
     live: bool,
 ) -> tuple[float, float]:
     """Backward of both terms, through the trunk once.
-
-    Where the reference is live, q* is that of the LLM as it is, without gradient.
 
     Returns:
         The sum of cross-entropies and the sum of share w KL, unscaled, in nats.
@@ -202,17 +211,17 @@ def _joined(parts: Sequence[Tensor]) -> Int[Tensor, " M"]:
 
 
 def _split_rollouts(
-    target: Target, steps: int, seed: int, iteration: int
-) -> Iterator[Int[Tensor, " N"]]:
+    target: Target, config: Config, iteration: int
+) -> tuple[Int[Tensor, " N"], ...]:
     """A random part of the rollouts for each step; those of a prompt stay together.
 
     They share the computation of their prompt, and each step sees many prompts.
     """
     prompt_N = target.rollouts.prompt_N
-    generator = generator_for(seed, "update", iteration)
+    generator = generator_for(config.seed, "update", iteration)
     rank_S = torch.randperm(len(target.rollouts.prompts), generator=generator)
     order = rank_S.to(prompt_N.device)[prompt_N].argsort(stable=True)
-    return iter(order.tensor_split(steps))
+    return order.tensor_split(config.trainer.steps_per_iteration)
 
 
 def _guard(losses: dict[str, float], kl_limit: float, step: int) -> None:

@@ -318,7 +318,7 @@ def _auxiliary_error(parts: Parts, every: Rollouts, labels_Y: Tensor) -> float:
     mass_YT = torch.einsum("yzt,z->yt", shared_YYT, probs_Y)
     exact_YT = torch.einsum("yzt,z->yt", shared_YYT, probs_Y * labels_Y) / mass_YT
     auxiliary = parts.auxiliary.frozen()
-    hidden_YTD = states_of(parts.llm.frozen(), every).hidden_NTD
+    hidden_YTD = states_of(parts.llm.frozen(), every)
     evidence = auxiliary.read_examples(hidden_YTD, every.ids_NT, every.mask_NT)
     logits_YT = auxiliary.table.logits_of(evidence.factors_NTR, evidence.offset_NT, every.ids_NT)
     weights_YT = probs_Y[:, None] * every.mask_NT
@@ -329,7 +329,7 @@ def _auxiliary_error(parts: Parts, every: Rollouts, labels_Y: Tensor) -> float:
 @torch.no_grad()
 def _probs(llm: LLM, every: Rollouts) -> Float[Tensor, " Y"]:
     """p(y) of every completion."""
-    llm_logits = llm.head(states_of(llm.frozen(), every).hidden_NTD).double()
+    llm_logits = llm.head(states_of(llm.frozen(), every)).double()
     logprobs_YT = torch.log_softmax(llm_logits, dim=-1).gather(-1, every.ids_NT[..., None])[..., 0]
     return (logprobs_YT * every.mask_NT).sum(-1).exp()
 

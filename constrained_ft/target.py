@@ -90,16 +90,30 @@ class Target:
             weights_M=self.weights_NT[rows_M, steps_M] * self.share_N[rows_M],
         )
 
-    def with_reference(self, reference: FrozenLLM) -> "Target":
-        """The same guidance applied to another reference: `trainer.reference=fresh`."""
-        return replace(self, reference=states_of(reference, self.rollouts))
+    def with_reference(
+        self, reference: FrozenLLM, rows_M: Int[Tensor, " M"] | None = None
+    ) -> "Target":
+        """The same guidance applied to another reference: `trainer.reference=fresh`.
+
+        Args:
+            reference: the p inside q*.
+            rows_M: the rollouts that will be read; None is all. The others keep the states that
+                they were sampled with.
+        """
+        if rows_M is None:
+            rows_M = torch.arange(len(self.rollouts.prompt_N), device=reference.device)
+        hidden_NTD = self.reference.hidden_NTD.clone()
+        rows_M = rows_M.sort().values  # the rows of a prompt are neighbours then
+        if len(rows_M) > 0:
+            hidden_NTD[rows_M] = states_of(reference, self.rollouts.take(rows_M))
+        return replace(self, reference=Reference(hidden_NTD=hidden_NTD, head=reference.head))
 
 
-def states_of(llm: FrozenLLM, rollouts: Rollouts) -> Reference:
-    """A reference from a forward pass, the arithmetic that the update's own passes use."""
+def states_of(llm: FrozenLLM, rollouts: Rollouts) -> Float[Tensor, "N T D"]:
+    """Hidden states from a forward pass, the arithmetic that the update's own passes use."""
     rows_N = torch.arange(len(rollouts.prompt_N), device=llm.device)
     hidden = [completion_hidden_states(llm, rollouts, rows) for rows in rows_N.split(_FORWARD_ROWS)]
-    return Reference(hidden_NTD=torch.cat(hidden), head=llm.head)
+    return torch.cat(hidden)
 
 
 def learn_target(parts: Parts, config: Config, reference: FrozenLLM, iteration: int) -> Target:

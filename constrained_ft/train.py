@@ -10,7 +10,7 @@ from constrained_ft import checkpoint, evaluate, metrics, phases
 from constrained_ft.config import Config
 from constrained_ft.distributed import StopRequest
 from constrained_ft.evaluate import Evaluation
-from constrained_ft.finetune import update_llm
+from constrained_ft.finetune import rows_after_first_step, update_llm
 from constrained_ft.loading import export, load_base
 from constrained_ft.memory import memory_line, peak_memory, release_freed
 from constrained_ft.parts import Parts, build_parts
@@ -88,7 +88,8 @@ def _update(parts: Parts, target: Target, config: Config, iteration: int) -> dic
     lag = iteration - target.iteration
     if config.trainer.reference == "fresh":
         with parts.phases.during("reference"):
-            target = target.with_reference(parts.llm.frozen())
+            rows_N = rows_after_first_step(target, config, iteration)
+            target = target.with_reference(parts.llm.frozen(), rows_N)
     with parts.phases.during("update"):
         row = update_llm(parts, target, config, iteration)
     return row | {"target/lag": float(lag)}

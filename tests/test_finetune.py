@@ -25,12 +25,12 @@ from constrained_ft.config import TrainerConfig
 from constrained_ft.corpus import corpus_of
 from constrained_ft.encoding import Row
 from constrained_ft.errors import DivergedError
-from constrained_ft.finetune import backward_of_step, update_llm
+from constrained_ft.finetune import backward_of_step, rows_after_first_step, update_llm
 from constrained_ft.llm import LLM
 from constrained_ft.optimization import build_optimization
 from constrained_ft.parts import Parts
 from constrained_ft.tabular import table_parts
-from constrained_ft.target import Target, build_target, learn_target, states_of
+from constrained_ft.target import Target, build_target, learn_target
 
 
 def row(ids: Sequence[int], trained_from: int, *, prompted: bool) -> Row:
@@ -63,7 +63,8 @@ def step(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Gradients and numbers of one step on the first so many rollouts."""
     prompts = float(target.share_N[:rows].sum())
-    numbers = backward_of_step(llm, target, torch.arange(rows), batches, config, prompts)
+    live = config.reference == "live"
+    numbers = backward_of_step(llm, target, torch.arange(rows), batches, config, prompts, live=live)
     return gradients(llm), numbers
 
 
@@ -279,10 +280,49 @@ def test_at_the_target_nothing_moves(small: tuple[Parts, Target, TrainerConfig])
     # R that knows nothing: the target is the LLM itself.
     table = replace(target.table, prior_V=torch.zeros_like(target.table.prior_V))
     still = replace(target, table=table, factors_NTR=torch.zeros_like(target.factors_NTR))
-    still = replace(still, reference=states_of(parts.llm.frozen(), still.rollouts))
+    still = still.with_reference(parts.llm.frozen())
     got, numbers = step(parts.llm, still, [], config, 12)
     assert numbers["update/kl"] == pytest.approx(0, abs=1e-6)
     assert max(float(tensor.abs().max()) for tensor in got.values()) < 1e-5
+
+
+def test_before_anything_moved_the_llm_is_its_own_fresh_reference(
+    small: tuple[Parts, Target, TrainerConfig],
+) -> None:
+    parts, target, config = small
+    frozen = target.with_reference(parts.llm.frozen())
+    kept, numbers = step(parts.llm, frozen, [], config, 12)
+    assert numbers["update/kl"] > 1e-4
+    live = config.model_copy(update={"reference": "live"})
+    found, same = step(parts.llm, target, [], live, 12)
+    close(found, kept, 1e-4)
+    assert same["update/kl"] == pytest.approx(numbers["update/kl"], rel=1e-4)
+
+
+def test_rollouts_of_later_steps_get_a_reference_and_those_of_the_first_need_none() -> None:
+    config = small_config("trainer.learning_rate=0.05")
+    parts = small_parts(config)
+    first = learn_target(parts, config, parts.llm.frozen(), 1)
+    update_llm(parts, first, config, 1)
+    rows_N = rows_after_first_step(first, config, 2)
+    assert 0 < len(rows_N) < len(first.rollouts.prompt_N)
+    some, every = (first.with_reference(parts.llm.frozen(), rows) for rows in (rows_N, None))
+    mask_NT = first.rollouts.mask_NT[rows_N]
+    torch.testing.assert_close(
+        some.reference.hidden_NTD[rows_N][mask_NT], every.reference.hidden_NTD[rows_N][mask_NT]
+    )
+    untouched_N = torch.ones(len(first.rollouts.prompt_N), dtype=torch.bool)
+    untouched_N[rows_N] = False
+    assert torch.equal(
+        some.reference.hidden_NTD[untouched_N], first.rollouts.hidden_NTD[untouched_N]
+    )
+    one = small_config("trainer.steps_per_iteration=1")
+    assert len(rows_after_first_step(first, one, 2)) == 0
+    assert equal_reference(first.with_reference(parts.llm.frozen(), rows_N[:0]), first)
+
+
+def equal_reference(a: Target, b: Target) -> bool:
+    return torch.equal(a.reference.hidden_NTD, b.reference.hidden_NTD)
 
 
 # Guards -------------------------------------------------------------------------------------------

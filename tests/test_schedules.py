@@ -10,6 +10,7 @@ from torch import Tensor
 
 from constrained_ft import metrics
 from constrained_ft import train as loop
+from constrained_ft.finetune import rows_after_first_step
 from constrained_ft.fused import fused_losses
 from constrained_ft.target import Target, learn_target
 from constrained_ft.train import update_llm
@@ -84,9 +85,16 @@ def test_overlapped_without_updates_is_alternating_bit_for_bit(
         for ours, theirs in zip(overlapped.learned, alternating.learned, strict=False):
             # A fresh reference comes with the update, a matched one is learned.
             assert equal(replace(ours, reference=theirs.reference), theirs)
-        for ours in overlapped.used:
+        for iteration, ours in enumerate(overlapped.used, 1):
+            theirs = alternating.used[ours.iteration - 1]
+            assert equal(replace(ours, reference=theirs.reference), theirs)
             # The LLM stands still, so a fresh reference is the matched one.
-            assert equal(ours, alternating.used[ours.iteration - 1])
+            rows_N = rows_after_first_step(ours, config, iteration)
+            mask_NT = ours.rollouts.mask_NT[rows_N]
+            torch.testing.assert_close(
+                ours.reference.hidden_NTD[rows_N][mask_NT],
+                theirs.rollouts.hidden_NTD[rows_N][mask_NT],
+            )
     used = alternating.used
     assert not equal(used[0], used[1])
 
@@ -129,7 +137,7 @@ def test_a_stale_target_gets_the_reference_that_is_asked_for(
     parts = small_parts(config)
     first = learn_target(parts, config, parts.llm.frozen(), 1)
     loop._update(parts, first, config, 1)
-    now = first.with_reference(parts.llm.frozen())
+    now = first.with_reference(parts.llm.frozen(), rows_after_first_step(first, config, 2))
     assert not equal(first, now)
     watch = Watch(monkeypatch, updates=True)
     assert loop._update(parts, first, config, 2)["target/lag"] == 1

@@ -68,7 +68,7 @@ def test_a_table_says_every_completion_once_with_probabilities_that_sum_to_one()
     assert len(set(every.texts)) == len(every.texts) == 1 + 3 + 9 + 27
     assert float(selfcheck._probs(parts.llm, every).sum()) == pytest.approx(1, abs=1e-6)
     # The state of a prefix says which one it is.
-    hidden_NTD = states_of(parts.llm.frozen(), every).hidden_NTD
+    hidden_NTD = states_of(parts.llm.frozen(), every)
     marks = hidden_NTD[every.mask_NT][:, 4:]
     rows = torch.cat([hidden_NTD[every.mask_NT][:, :4], marks.argmax(-1, keepdim=True)], -1)
     assert len(rows.unique(dim=0)) == len(marks.unique(dim=0)) == 1 + 3 + 9
