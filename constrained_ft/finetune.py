@@ -27,6 +27,7 @@ from constrained_ft.encoding import Row
 from constrained_ft.errors import DivergedError
 from constrained_ft.fused import Labels, fused_losses
 from constrained_ft.llm import LLM
+from constrained_ft.memory import release_freed
 from constrained_ft.packing import Packed, Tree
 from constrained_ft.parts import Parts
 from constrained_ft.rollouts import completion_trees
@@ -62,6 +63,7 @@ def update_llm(parts: Parts, target: Target, config: Config, iteration: int) -> 
                 for micro in range(trainer.gradient_accumulation_steps if trainer.corpus else 0)
             ]
             optimization.optimizer.zero_grad()
+            release_freed()
             live = trainer.reference == "live" or (trainer.reference == "fresh" and index == 0)
             losses = backward_of_step(
                 llm, target, rows_N, batches, trainer, prompts_per_step, live=live

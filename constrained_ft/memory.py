@@ -49,19 +49,26 @@ def activation_bytes(llm: LLM) -> float:
     return sum(kept.values()) / packed.ids_BL.numel()
 
 
-def estimate_memory(llm: LLM, prompts: Prompts, config: Config) -> int | None:
+def estimate_memory(llm: LLM, prompts: Prompts, config: Config, evaluation: int = 0) -> int | None:
     """Bytes at the peak of a run whose parts are loaded; None where the system does not tell.
 
     The passes of the largest update are rehearsed, as no count knows what an allocator leaves
     unused between tensors. To their peak comes what training adds for good; the other stages are
     reckoned from what is held now.
+
+    Args:
+        llm: before training.
+        prompts: how long they are.
+        config: the whole run.
+        evaluation: bytes that measuring the base model took at its peak beside what is held;
+            measuring the fine-tuned one takes them again.
     """
     held = held_memory(llm.device)
     if held is None:
         return None
     rehearsed = peak_during(lambda: _rehearse_update(llm, prompts, config), llm.device)
     update = held + _update_bytes(llm, prompts, config) if rehearsed is None else rehearsed
-    others = held + max(_sampling_bytes(llm, config), _export_bytes(llm, config))
+    others = held + max(evaluation, _sampling_bytes(llm, config), _export_bytes(llm, config))
     whole = _training_bytes(llm, config) + max(update, others)
     return max(whole, peak_memory(llm.device) or 0)
 
@@ -212,16 +219,29 @@ def spare_memory(device: torch.device) -> int | None:
 
 def peak_during(work: Callable[[], object], device: torch.device) -> int | None:
     """Bytes at the peak of a piece of work; None, and the work not done, where unknown."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        return int(torch.cuda.max_memory_allocated(device))
-    release_freed()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the mark of the peak is taken down
-    except OSError:
+    if not forget_peak(device):
         return None
     work()
+    return recent_peak(device)
+
+
+def forget_peak(device: torch.device) -> bool:
+    """Let `recent_peak` begin anew; false where the system does not offer that."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    release_freed()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def recent_peak(device: torch.device) -> int:
+    """Bytes at the peak since `forget_peak`, which has to have been true."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
     # Not getrusage, whose peak is that of all time, and of the process that started this one.
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 2**10 for line in lines if line.startswith("VmHWM"))

@@ -4,7 +4,13 @@ from constrained_ft import evaluate
 from constrained_ft.config import Config
 from constrained_ft.errors import ScorerError
 from constrained_ft.llm import FrozenLLM
-from constrained_ft.memory import estimate_memory, memory_words
+from constrained_ft.memory import (
+    estimate_memory,
+    forget_peak,
+    held_memory,
+    memory_words,
+    recent_peak,
+)
 from constrained_ft.parts import Parts
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.samples import record_base
@@ -16,8 +22,11 @@ def look_before(parts: Parts, config: Config, folder: RunFolder) -> evaluate.Eva
     Raises:
         ScorerError: when the base satisfies the constraint always or never: nothing to learn from.
     """
+    device = parts.llm.device
+    watched, held = forget_peak(device), held_memory(device) or 0
     base = _evaluate_base(parts, config, folder)
-    parts.memory_estimate = estimate_memory(parts.llm, parts.prompts, config)
+    taken = recent_peak(device) - held if watched else 0
+    parts.memory_estimate = estimate_memory(parts.llm, parts.prompts, config, taken)
     _announce(parts, config, folder, base)
     record_base(parts, config, folder)
     return base

@@ -127,6 +127,10 @@ def test_an_estimate_changes_nothing(overrides: list[str], *, lora: bool) -> Non
     assert estimate is not None
     assert held is not None
     assert estimate > held
+    # What measuring the base model took counts where it is the most.
+    more = estimate_memory(parts.llm, parts.prompts, config, evaluation=2**33)
+    assert more is not None
+    assert held + 2**33 <= more < held + 2**34
     assert torch.equal(torch.get_rng_state(), random)
     assert not parts.llm.module.training
     for name, parameter in parts.llm.module.named_parameters():
