@@ -5,6 +5,7 @@ import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, JustifyMethod, RenderableType
@@ -15,9 +16,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["PlainDisplay", "TerminalDisplay", "make_display"]
+from constrained_ft.progress import Display
+
+__all__ = ["PlainDisplay", "Several", "TerminalDisplay", "logged_display", "make_display"]
 
 _WIDTH = 110  # wider lines are hard to read
+_LOG_WIDTH = 160
 _SAMPLES_SHOWN = 3
 _SECONDS_BETWEEN_LINES = 60.0
 
@@ -46,6 +50,68 @@ def make_display(
         yield display
     finally:
         display.close()
+
+
+@contextmanager
+def logged_display(console: Console, logs: Path, rank: int, *, quiet: bool) -> Iterator[Display]:
+    """The display of one process of a run; all of it also goes into the process's log.
+
+    Args:
+        console: what the first rank draws on; the others draw nothing.
+        logs: the folder of this start's logs.
+        rank: which process.
+        quiet: show results and errors only.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    with (logs / f"rank_{rank}.log").open("a", encoding="utf-8") as file:
+        log = PlainDisplay(Console(file=file, width=_LOG_WIDTH, no_color=True, highlight=False))
+        if rank > 0:
+            yield log
+            return
+        with make_display(console, quiet=quiet) as drawn:
+            yield Several(drawn, log)
+
+
+class Several:
+    """Several displays as one."""
+
+    def __init__(self, *displays: Display) -> None:
+        self._displays = displays
+
+    def panel(self, title: str, rows: Mapping[str, str]) -> None:
+        """Each shows it."""
+        for one in self._displays:
+            one.panel(title, rows)
+
+    def phase(self, name: str, total: int) -> None:
+        """Each shows it."""
+        for one in self._displays:
+            one.phase(name, total)
+
+    def advance(self, amount: int = 1, **numbers: float) -> None:
+        """Each shows it."""
+        for one in self._displays:
+            one.advance(amount, **numbers)
+
+    def iteration(self, number: int, of: int, numbers: Mapping[str, float]) -> None:
+        """Each shows it."""
+        for one in self._displays:
+            one.iteration(number, of, numbers)
+
+    def sample(self, prompt: str, before: str, after: str, score: float) -> None:
+        """Each shows it."""
+        for one in self._displays:
+            one.sample(prompt, before, after, score)
+
+    def note(self, text: str) -> None:
+        """Each shows it."""
+        for one in self._displays:
+            one.note(text)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Each shows it."""
+        for one in self._displays:
+            one.table(title, columns, rows)
 
 
 class PlainDisplay:

@@ -2,7 +2,6 @@
 
 import signal
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from constrained_ft.cli.outcome import record
 from constrained_ft.cli.settings import settings
-from constrained_ft.errors import CftError, ConfigError, DivergedError, Interrupted
+from constrained_ft.cli.torchrun import Processes, run_processes, wait_for_run
+from constrained_ft.errors import ConfigError
 
 if TYPE_CHECKING:
     from constrained_ft.config import Config
-    from constrained_ft.run_folder import RunFolder, State
+    from constrained_ft.run_folder import RunFolder
 
 __all__ = ["Request", "train"]
 
@@ -32,6 +33,7 @@ ConfigFile = Annotated[
         help="A complete configuration, such as the config.yaml of a run, instead of the groups.",
     ),
 ]
+_LAUNCH = "Several processes (what stands behind -- goes to torchrun)"
 ConfigDirs = Annotated[
     list[Path] | None,
     typer.Option(
@@ -40,6 +42,9 @@ ConfigDirs = Annotated[
         help="A folder of your own groups and experiments: DIR/experiment/NAME.yaml and so on.",
     ),
 ]
+
+
+_ONE = Processes(per_node=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,10 @@ class Request:
     config_dirs: tuple[Path, ...]
     resume: str = "none"
     clean: bool = False
+    fork: bool = False
+    processes: Processes = _ONE
+    nproc: str = "auto"
+    """`--nproc-per-node` as it was given."""
 
     def config(self) -> "Config":
         """The configuration that is asked for.
@@ -75,7 +84,10 @@ class Request:
         """The same request, but for its overrides, for a child process."""
         from_file = [] if self.config_file is None else ["--config", str(self.config_file)]
         folders = [part for folder in self.config_dirs for part in ("--config-dir", str(folder))]
-        return [*from_file, *folders, "--resume", self.resume, *["--clean"] * self.clean]
+        start = ["--resume", self.resume, *["--clean"] * self.clean]
+        many = ["--nproc-per-node", self.nproc, *self.processes.machines()]
+        rest = ["--", *self.processes.extra] if self.processes.extra else []
+        return [*from_file, *folders, *many, *start, *rest]
 
 
 def train(
@@ -95,10 +107,49 @@ def train(
     clean: Annotated[
         bool, typer.Option("--clean", help="Delete the run that the run folder holds.")
     ] = False,
+    fork: Annotated[
+        bool,
+        typer.Option(
+            "--fork",
+            help="With --resume PATH: go on in a folder of its own, changed by KEY=VALUE.",
+        ),
+    ] = False,
     multirun: Annotated[
         bool,
         typer.Option("-m", "--multirun", help="Run every combination of KEY=VALUE1,VALUE2,..."),
     ] = False,
+    nproc_per_node: Annotated[
+        str,
+        typer.Option(
+            "--nproc-per-node",
+            metavar="auto|N",
+            help="Processes on this machine, one for each GPU; auto: as many as there are GPUs.",
+            rich_help_panel=_LAUNCH,
+        ),
+    ] = "auto",
+    nnodes: Annotated[
+        int,
+        typer.Option("--nnodes", min=1, metavar="N", help="Machines.", rich_help_panel=_LAUNCH),
+    ] = 1,
+    node_rank: Annotated[
+        int,
+        typer.Option(
+            "--node-rank",
+            min=0,
+            metavar="K",
+            help="Which of them this is, from 0.",
+            rich_help_panel=_LAUNCH,
+        ),
+    ] = 0,
+    rdzv_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--rdzv-endpoint",
+            metavar="HOST:PORT",
+            help="Where several machines meet.",
+            rich_help_panel=_LAUNCH,
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune under a constraint.
 
@@ -111,7 +162,12 @@ def train(
         config_dirs=tuple(config_dir or ()),
         resume=resume,
         clean=clean,
+        fork=fork,
+        processes=_processes(nproc_per_node, nnodes, node_rank, rdzv_endpoint),
+        nproc=nproc_per_node,
     )
+    if fork and resume in ("none", "auto"):
+        raise ConfigError("--fork needs --resume PATH, the run that it continues from")
     if clean and resume != "none":
         raise ConfigError("--clean deletes the run that --resume would continue; give one of them")
     if multirun:
@@ -119,11 +175,55 @@ def train(
 
         raise typer.Exit(sweep(request, dry_run=dry_run))
     if dry_run:
-        _show(request.config())
+        shown = request.config()
+        request.processes.check(shown)
+        _show(shown)
+        return
+    if request.processes.node_rank > 0:
+        _join_first_machine(request)
         return
     start = _start(request)
     if start is not None:
-        run(*start)
+        run(*start, request.processes)
+
+
+def _processes(nproc: str, nodes: int, node_rank: int, endpoint: str | None) -> Processes:
+    """What the options say of processes.
+
+    Raises:
+        ConfigError: if they contradict each other.
+    """
+    if nproc == "auto":
+        settings.prepare_libraries()
+        import torch
+
+        per_node = torch.accelerator.device_count()
+    elif nproc.isdecimal():
+        per_node = int(nproc)
+    else:
+        raise ConfigError(f"--nproc-per-node {nproc} must be auto or a number")
+    if (nodes > 1) != (endpoint is not None):
+        raise ConfigError("--nnodes and --rdzv-endpoint belong together; give both, or none")
+    if node_rank >= nodes:
+        raise ConfigError(f"--node-rank {node_rank} must be below --nnodes {nodes}")
+    return Processes(
+        per_node=max(per_node, 1),
+        nodes=nodes,
+        node_rank=node_rank,
+        endpoint=endpoint,
+        extra=settings.torchrun,
+    )
+
+
+def _join_first_machine(request: Request) -> None:
+    """Start this machine's processes of a run that the first machine has begun."""
+    from constrained_ft.run_folder import RunFolder
+
+    config = request.config()
+    if not request.names_folder():
+        raise ConfigError("--node-rank above 0 needs output_dir=PATH, the folder of the first one")
+    request.processes.check(config)
+    wait_for_run(RunFolder(Path(config.output_dir)), request.processes)
 
 
 def _start(request: Request) -> "tuple[Config, RunFolder] | None":
@@ -134,6 +234,8 @@ def _start(request: Request) -> "tuple[Config, RunFolder] | None":
     console = settings.console(stderr=True)
     config: Config | None = None
     folder: RunFolder | None = None
+    if request.fork:
+        return _fork(request, command)
     if request.resume == "none":
         config = request.config()
     elif request.resume != "auto":
@@ -149,6 +251,7 @@ def _start(request: Request) -> "tuple[Config, RunFolder] | None":
             folder = newest_unfinished(Path(config.output_dir).parent, config)
         if folder is None and not settings.quiet:
             console.print("no unfinished run of this configuration; starting a new one")
+    request.processes.check(config)
     if folder is None:
         folder = RunFolder(Path(config.output_dir))
         return config, folder.start(config, command, clean=request.clean)
@@ -160,18 +263,50 @@ def _start(request: Request) -> "tuple[Config, RunFolder] | None":
     return folder.config(), folder
 
 
-def run(config: "Config", folder: "RunFolder") -> None:
+def _fork(request: Request, command: list[str]) -> "tuple[Config, RunFolder]":
+    """A run folder of its own that continues where another run stands, with changes."""
+    from datetime import UTC, datetime
+
+    from constrained_ft.compose import load_config
+    from constrained_ft.run_folder import RunFolder
+
+    source = RunFolder(Path(request.resume))
+    if request.config_file is not None:
+        config = request.config()
+    else:
+        config = load_config(source.config_file, request.overrides)
+    if Path(config.output_dir).resolve() == source.path.resolve() or not request.names_folder():
+        now = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+        where = f"{source.path}-fork-{now}"
+        config = config.model_copy(update={"output_dir": where})
+    request.processes.check(config)
+    folder = RunFolder(Path(config.output_dir))
+    return config, folder.fork(source, config, command, clean=request.clean)
+
+
+def run(config: "Config", folder: "RunFolder", processes: Processes) -> None:
     """Train, and write to `status.json` how it ended.
 
     Raises:
         CftError: whatever stopped the run.
     """
-    from constrained_ft.cli.display import make_display
+    try:
+        if processes.total > 1:
+            run_processes(folder, processes)
+        else:
+            _run_here(config, folder)
+    finally:
+        folder.close()
+
+
+def _run_here(config: "Config", folder: "RunFolder") -> None:
+    from constrained_ft.cli.display import logged_display
 
     settings.prepare_libraries()
+    console = settings.console()
     try:
         with (
-            make_display(settings.console(), quiet=settings.quiet) as display,
+            logged_display(console, folder.logs(), 0, quiet=settings.quiet) as display,
             _signals_restored(),
         ):
             from constrained_ft.distributed import StopRequest
@@ -182,32 +317,8 @@ def run(config: "Config", folder: "RunFolder") -> None:
             train_llm(config, folder, display, stop)
         folder.write_status("finished", exit_code=0)
     except BaseException as error:
-        _record(folder, error)
+        record(folder, error)
         raise
-    finally:
-        folder.close()
-
-
-def _record(folder: "RunFolder", error: BaseException) -> None:
-    """Write how a run failed, and tell the user what to do next."""
-    state: State = "failed"
-    code, reason = 1, f"{type(error).__name__}: {error}"
-    again = f"`cft train --resume {folder.path}` continues"
-    match error:
-        case KeyboardInterrupt():
-            state, code, reason = "interrupted", 130, "Ctrl-C before training began"
-        case CftError():
-            code, reason = error.exit_code, str(error)
-            if isinstance(error, Interrupted):
-                state = "interrupted"
-                error.args = (f"{error}; {again}",)
-            elif isinstance(error, DivergedError):
-                state = "diverged"
-        case _:
-            log = folder.logs() / "error.log"
-            log.write_text("".join(traceback.format_exception(error)))
-            error.add_note(f"traceback in {log}")
-    folder.write_status(state, reason=reason, exit_code=code)
 
 
 @contextmanager

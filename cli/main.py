@@ -62,8 +62,12 @@ app.command()(measure.selfcheck)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and leave the process with its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "train" in given and "--" in given[given.index("train") :]:
+        place = given.index("--", given.index("train"))
+        given, settings.torchrun = given[:place], tuple(given[place + 1 :])
     try:
-        app(args=arguments, prog_name="cft")
+        app(args=given, prog_name="cft")
     except CftError as error:
         if settings.debug:
             traceback.print_exc()

@@ -4,6 +4,7 @@ import ctypes
 import os
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -23,6 +24,8 @@ class Settings:
     quiet: bool = False
     verbose: bool = False
     color: bool = True
+    torchrun: tuple[str, ...] = ()
+    """What stands behind `--` after `train`."""
 
     def console(self, *, stderr: bool = False) -> Console:
         """A console for progress and results, or for errors."""
@@ -35,6 +38,11 @@ class Settings:
         """One error message, nothing else."""
         text = Text("error: ", style="bold red").append(message, style="not bold default")
         self.console(stderr=True).print(text, soft_wrap=True)
+
+    def warn(self, message: str) -> None:
+        """One line on standard error, also from a signal handler."""
+        with suppress(OSError):
+            os.write(2, f"\n{message}\n".encode())
 
     def flags(self) -> list[str]:
         """The same options for a child process."""

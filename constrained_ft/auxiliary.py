@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from constrained_ft import equations
 from constrained_ft.config import AuxiliaryConfig
 from constrained_ft.decoding import Guide
-from constrained_ft.distributed import seed_everything
 from constrained_ft.errors import CheckpointError
 from constrained_ft.fused import Guidance, Head
+from constrained_ft.randomness import seed_everything
 from constrained_ft.rollouts import Rollouts
 
 LOGIT_LIMIT = 15.0

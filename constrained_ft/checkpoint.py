@@ -1,8 +1,10 @@
 """Save after an iteration, restore, keep the newest two.
 
 A checkpoint is a folder written aside and renamed once everything in it has reached the disk; its
-manifest holds the SHA-256 of every file. Tensors are safetensors, the rest is JSON: nothing that is
-read back can run code. All randomness is keyed, so no generator has a state to save.
+manifest, written last, holds size and SHA-256 of every file. Tensors are safetensors, the rest is
+JSON: nothing that is read back can run code. All randomness is keyed and every order is a function
+of counters, so the state is the trained weights, the optimizer and its schedule, R, the replayed
+rollouts, what the newest target is built again from, and the iteration.
 """
 
 import hashlib
@@ -11,7 +13,8 @@ import os
 import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,44 +22,54 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from constrained_ft.config import Config
 from constrained_ft.errors import CheckpointError
 from constrained_ft.fused import Head
 from constrained_ft.optimization import Optimization
 from constrained_ft.parts import Parts
-from constrained_ft.prompts import Prompt
-from constrained_ft.rollouts import LabeledRollouts, Rollouts
-from constrained_ft.target import Reference
+from constrained_ft.rollouts import labeled_from, labeled_tensors, rollout_facts
+from constrained_ft.target import Facts, Reference, Target, build_target
 
-_MANIFEST = "manifest.json"
-_REFERENCE = "reference.safetensors"
+_MANIFEST, _STATE = "manifest.json", "state.json"
+_LLM, _AUXILIARY = "llm.safetensors", "auxiliary.safetensors"
+_OPTIMIZER, _TARGET = "optimizer.safetensors", "target.safetensors"
 _KEPT = 2
+_SPARE = 1.2  # times what is about to be written has to be free
 
 
-def save(folder: Path, iteration: int, parts: Parts, reference: Reference) -> Path:
+def save(
+    folder: Path,
+    parts: Parts,
+    config: Config,
+    target: Target | None,
+    row: Mapping[str, float],
+) -> Path:
     """Write `folder/iteration_0001` and so on; older ones but the newest two are removed.
 
     Args:
         folder: the run's `checkpoints/`.
-        iteration: the last finished iteration.
         parts: what is saved: trained weights, optimizer, auxiliary, replay.
-        reference: the newest target's, which a stale target needs.
+        config: the whole run.
+        target: the newest one; None before the first iteration.
+        row: the metrics of the last finished iteration, which it names.
 
     Raises:
         CheckpointError: when it cannot be written; earlier checkpoints are untouched.
     """
+    iteration = int(row["iteration"])
     final = folder / f"iteration_{iteration:04d}"
     aside = folder / f".tmp-{final.name}-{uuid.uuid4().hex[:8]}"
+    files, state = _contents(parts, config, target)
+    state |= {"iteration": iteration, "row": dict(row)}
     try:
-        aside.mkdir(parents=True)
-        _write_tensors(aside / "llm.safetensors", parts.llm.trained_parameters())
-        _write_tensors(aside / "auxiliary.safetensors", parts.auxiliary.state_dict())
-        state = {"iteration": iteration, **_write_optimization(aside, parts.optimization)}
-        _write_tensors(aside / _REFERENCE, _reference_tensors(reference, parts.llm.head))
-        state["replay"] = [
-            _write_labeled(aside / f"replay_{i}.safetensors", labeled)
-            for i, labeled in enumerate(parts.replay)
-        ]
-        (aside / "state.json").write_text(json.dumps(state))
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".tmp-*"):  # by a process that was killed
+            shutil.rmtree(left)
+        _require_space(folder, files)
+        aside.mkdir()
+        for name, tensors in files.items():
+            _write_tensors(aside / name, tensors)
+        (aside / _STATE).write_text(json.dumps(state))
         _seal(aside)
         if final.exists():
             shutil.rmtree(final)
@@ -65,8 +78,7 @@ def save(folder: Path, iteration: int, parts: Parts, reference: Reference) -> Pa
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(f"cannot write the checkpoint {final}: {error}") from error
-    for old in _folders(folder)[:-_KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+    _prune(folder)
     return final
 
 
@@ -81,65 +93,204 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, faults
 
 
-def restore(checkpoint: Path, parts: Parts) -> tuple[int, Reference]:
-    """Put everything back; returns the last finished iteration and the newest target's reference.
+def restore(
+    checkpoint: Path, parts: Parts, config: Config
+) -> tuple[int, Target | None, dict[str, float]]:
+    """Put everything back.
+
+    Returns:
+        The last finished iteration, the newest target and that iteration's metrics.
 
     Raises:
         CheckpointError: when the checkpoint does not fit the run's configuration.
     """
     device = parts.llm.device
+    restore_llm(checkpoint, parts)
     try:
-        state = json.loads((checkpoint / "state.json").read_text())
-        parts.llm.load_trained(_read_tensors(checkpoint / "llm.safetensors", device))
-        parts.auxiliary.load_state_dict(_read_tensors(checkpoint / "auxiliary.safetensors", device))
-        _read_optimization(checkpoint, state, parts.optimization)
+        state = json.loads((checkpoint / _STATE).read_text())
+        tensors = _read_tensors(checkpoint / _AUXILIARY, device)
+        _require_same(parts.auxiliary.state_dict(), tensors)
+        parts.auxiliary.load_state_dict(tensors)
         parts.replay = [
-            _read_labeled(checkpoint / f"replay_{i}.safetensors", entry, device)
-            for i, entry in enumerate(state["replay"])
+            labeled_from(_read_tensors(checkpoint / f"replay_{i}.safetensors", device), facts)
+            for i, facts in enumerate(state["replay"])
         ]
-        tensors = _read_tensors(checkpoint / _REFERENCE, device)
-        head = parts.llm.head
-        if "weight" in tensors:
-            head = replace(head, weight_VD=tensors["weight"], bias_V=tensors.get("bias"))
-        reference = Reference(hidden_NTD=tensors["hidden"], head=head)
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"{checkpoint} does not fit this run: {error}; use the run's own config.yaml"
-        ) from error
-    return int(state["iteration"]), reference
+        parts.faults = int(state["faults"])
+        target = _read_target(checkpoint, state["target"], parts, config)
+        return int(state["iteration"]), target, dict(state["row"])
+    except (OSError, LookupError, TypeError, RuntimeError, ValueError) as error:
+        raise _misfit(checkpoint, error) from error
 
 
-def _reference_tensors(reference: Reference, live: Head) -> dict[str, Tensor]:
-    """The reference's states, and its head where the LLM trains its own."""
-    tensors = {"hidden": reference.hidden_NTD}
-    if reference.head.weight_VD is not live.weight_VD:
-        tensors["weight"] = reference.head.weight_VD
-        if reference.head.bias_V is not None:
-            tensors["bias"] = reference.head.bias_V
+def restore_llm(checkpoint: Path, parts: Parts) -> None:
+    """Put the LLM, its optimizer and its schedule back, and nothing else.
+
+    Raises:
+        CheckpointError: when they do not fit.
+    """
+    try:
+        state = json.loads((checkpoint / _STATE).read_text())
+        tensors = _read_tensors(checkpoint / _LLM, parts.llm.device)
+        _require_same(parts.llm.trained_parameters(), tensors)
+        _read_optimization(checkpoint, state, parts)
+        parts.llm.load_trained(tensors)
+    except (OSError, LookupError, TypeError, RuntimeError, ValueError) as error:
+        raise _misfit(checkpoint, error) from error
+
+
+def differences(checkpoint: Path, parts: Parts) -> list[str]:
+    """What is otherwise than when the checkpoint was saved, and keeps bits from being the same."""
+    then = json.loads((checkpoint / _STATE).read_text())["made_with"]
+    return [
+        f"{name} was {then.get(name)} and is {now}: results may differ in their last bits"
+        for name, now in _made_with(parts).items()
+        if then.get(name) != now
+    ]
+
+
+def _made_with(parts: Parts) -> dict[str, Any]:
+    return {
+        "torch": metadata.version("torch"),
+        "transformers": metadata.version("transformers"),
+        "the number of threads": torch.get_num_threads(),
+        "the number of processes": parts.everyone.size,
+        "the device": str(parts.llm.device.type),
+        "the trunk's precision": "bfloat16" if parts.llm.bf16 else "float32",
+    }
+
+
+def _misfit(checkpoint: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint} does not fit this run: {error}; use the run's own config.yaml"
+    )
+
+
+def _contents(
+    parts: Parts, config: Config, target: Target | None
+) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
+    """Files of tensors, and the state beside them."""
+    moments, schedule = _optimization(parts.optimization)
+    files: dict[str, Mapping[str, Tensor]] = {
+        _LLM: parts.llm.trained_parameters(),
+        _AUXILIARY: parts.auxiliary.state_dict(),
+        _OPTIMIZER: moments,
+    }
+    for i, labeled in enumerate(parts.replay):
+        files[f"replay_{i}.safetensors"] = labeled_tensors(labeled)
+    state: dict[str, Any] = {
+        **schedule,
+        "replay": [rollout_facts(labeled.rollouts) for labeled in parts.replay],
+        "faults": parts.faults,
+        "target": None,
+        "made_with": _made_with(parts),
+    }
+    if target is not None:
+        files[_TARGET] = _target_tensors(target, parts, config)
+        state["target"] = {
+            "entropy": target.facts.entropy,
+            "usable": target.usable,
+            "metrics": target.metrics,
+        }
+    return files, state
+
+
+def _target_tensors(target: Target, parts: Parts, config: Config) -> dict[str, Tensor]:
+    """What a target is built again from, beside R and the newest rollouts."""
+    tensors = {
+        "log_satisfied": target.facts.log_satisfied_S,
+        "log_violated": target.facts.log_violated_S,
+        "kl": target.facts.kl_N,
+    }
+    if config.trainer.reference == "matched":  # the others are made anew by the update
+        tensors["hidden"] = target.reference.hidden_NTD
+        head, live = target.reference.head, parts.llm.head
+        if head.weight_VD is not live.weight_VD:  # the LLM trains its own
+            tensors["weight"] = head.weight_VD
+            if head.bias_V is not None:
+                tensors["bias"] = head.bias_V
     return tensors
 
 
+def _read_target(
+    checkpoint: Path, state: dict[str, Any] | None, parts: Parts, config: Config
+) -> Target | None:
+    if state is None:
+        return None
+    tensors = _read_tensors(checkpoint / _TARGET, parts.llm.device)
+    facts = Facts(
+        log_satisfied_S=tensors["log_satisfied"],
+        log_violated_S=tensors["log_violated"],
+        kl_N=tensors["kl"],
+        entropy=float(state["entropy"]),
+    )
+    head: Head = parts.llm.head.frozen()
+    if "weight" in tensors:
+        head = replace(head, weight_VD=tensors["weight"], bias_V=tensors.get("bias"))
+    target = build_target(parts.replay[0], parts.auxiliary.frozen(), head, config, facts=facts)
+    if "hidden" in tensors:
+        target = replace(target, reference=Reference(hidden_NTD=tensors["hidden"], head=head))
+    return replace(target, usable=bool(state["usable"]), metrics=dict(state["metrics"]))
+
+
 def _folders(folder: Path) -> list[Path]:
-    return sorted(folder.glob("iteration_[0-9]*")) if folder.exists() else []
+    found = folder.glob("iteration_[0-9]*") if folder.exists() else ()
+    return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
-def _fault(checkpoint: Path) -> str | None:
+def _prune(folder: Path) -> None:
+    """Remove what is older than the newest two that have all their bytes."""
+    whole = 0
+    for old in reversed(_folders(folder)):
+        if whole >= _KEPT:
+            shutil.rmtree(old, ignore_errors=True)
+        elif _fault(old, thorough=False) is None:
+            whole += 1
+
+
+def _fault(checkpoint: Path, *, thorough: bool = True) -> str | None:
+    """What is wrong with a checkpoint's files; their contents count only when thorough."""
     try:
-        manifest = json.loads((checkpoint / _MANIFEST).read_text())
-        for name, digest in manifest.items():
-            if _sha256(checkpoint / name) != digest:
+        text = (checkpoint / _MANIFEST).read_text()
+        manifest = json.loads(text)
+        if _manifest_text(manifest) != text:
+            return f"{_MANIFEST} is damaged"
+        there = {path.name for path in checkpoint.iterdir()} - {_MANIFEST}
+        if there != manifest.keys() or _STATE not in there:
+            return f"files are missing or strange: {', '.join(sorted(there ^ manifest.keys()))}"
+        for name, facts in manifest.items():
+            size = (checkpoint / name).stat().st_size
+            if size != facts["bytes"]:
+                return f"{name} has {size} bytes, not {facts['bytes']}"
+            if thorough and _sha256(checkpoint / name) != facts["sha256"]:
                 return f"{name} is damaged"
-    except (OSError, ValueError, AttributeError) as error:
-        return str(error)
+    except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
     return None
+
+
+def _require_space(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+    needed = int(_SPARE * sum(t.nbytes for tensors in files.values() for t in tensors.values()))
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"the disk has {free / 2**20:,.0f} MB left and {needed / 2**20:,.0f} MB are needed"
+        )
+
+
+def _manifest_text(manifest: object) -> str:
+    return json.dumps(manifest, indent=2) + "\n"
 
 
 def _seal(folder: Path) -> None:
     """Write the manifest last and wait until everything is on the disk."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    manifest = {path.name: _sha256(path) for path in files}
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2))
-    for path in [*files, folder / _MANIFEST, folder]:
+    for path in files:
+        _sync(path)
+    manifest = {
+        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+    }
+    (folder / _MANIFEST).write_text(_manifest_text(manifest))
+    for path in (folder / _MANIFEST, folder):
         _sync(path)
 
 
@@ -158,7 +309,10 @@ def _sha256(path: Path) -> str:
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(kept, path)
+    try:
+        safetensors.torch.save_file(kept, path)
+    except safetensors.SafetensorError as error:  # a full disk, for one
+        raise OSError(f"{path.name}: {error}") from error
 
 
 def _read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
@@ -168,68 +322,42 @@ def _read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
         raise ValueError(f"{path.name}: {error}") from error
 
 
-def _write_optimization(folder: Path, optimization: Optimization) -> dict[str, Any]:
+def _require_same(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Names, shapes and types have to be equal: torch would stretch a tensor that is too small."""
+    if own.keys() != saved.keys():
+        raise ValueError(f"it lacks or adds {', '.join(sorted(own.keys() ^ saved.keys())[:3])}")
+    for name, tensor in own.items():
+        there, here = saved[name], tensor
+        if (there.shape, there.dtype) != (here.shape, here.dtype):
+            raise ValueError(
+                f"{name} is {tuple(there.shape)} {there.dtype} there and {tuple(here.shape)} "
+                f"{here.dtype} here"
+            )
+
+
+def _optimization(optimization: Optimization) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state = optimization.optimizer.state_dict()
     tensors = {
         f"{index}.{name}": value
         for index, slots in state["state"].items()
         for name, value in slots.items()
     }
-    _write_tensors(folder / "optimizer.safetensors", tensors)
-    return {
+    return tensors, {
         "param_groups": state["param_groups"],
         "scheduler": optimization.scheduler.state_dict(),
     }
 
 
-def _read_optimization(folder: Path, state: dict[str, Any], optimization: Optimization) -> None:
+def _read_optimization(checkpoint: Path, state: dict[str, Any], parts: Parts) -> None:
     slots: dict[int, dict[str, Tensor]] = {}
     # AdamW keeps its step counters on the CPU.
-    tensors = _read_tensors(folder / "optimizer.safetensors", torch.device("cpu"))
+    tensors = _read_tensors(checkpoint / _OPTIMIZER, torch.device("cpu"))
+    shapes = [parameter.shape for parameter in parts.llm.trained_parameters().values()]
     for key, tensor in tensors.items():
         index, name = key.split(".")
+        if tensor.dim() > 0 and tensor.shape != shapes[int(index)]:
+            raise ValueError(f"{key} of the optimizer is {tuple(tensor.shape)}")
         slots.setdefault(int(index), {})[name] = tensor
-    optimization.optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
-    optimization.scheduler.load_state_dict(state["scheduler"])
-
-
-def _write_labeled(path: Path, labeled: LabeledRollouts) -> dict[str, Any]:
-    rollouts = labeled.rollouts
-    tensors = {
-        "prompt": rollouts.prompt_N,
-        "ids": rollouts.ids_NT,
-        "mask": rollouts.mask_NT,
-        "hidden": rollouts.hidden_NTD,
-        "scores": labeled.scores_N,
-        "satisfied": labeled.satisfied_N,
-        "labels": labeled.labels_N,
-    }
-    _write_tensors(path, tensors)
-    return {
-        "iteration": rollouts.iteration,
-        "prompts": [asdict(prompt) for prompt in rollouts.prompts],
-        "texts": list(rollouts.texts),
-    }
-
-
-def _read_labeled(path: Path, entry: dict[str, Any], device: torch.device) -> LabeledRollouts:
-    tensors = _read_tensors(path, device)
-    prompts = [
-        Prompt(**(prompt | {"token_ids": tuple(prompt["token_ids"])}))
-        for prompt in entry["prompts"]
-    ]
-    rollouts = Rollouts(
-        prompts=tuple(prompts),
-        prompt_N=tensors["prompt"],
-        ids_NT=tensors["ids"],
-        mask_NT=tensors["mask"],
-        hidden_NTD=tensors["hidden"],
-        texts=tuple(entry["texts"]),
-        iteration=entry["iteration"],
-    )
-    return LabeledRollouts(
-        rollouts=rollouts,
-        scores_N=tensors["scores"],
-        satisfied_N=tensors["satisfied"],
-        labels_N=tensors["labels"],
-    )
+    optimizer, scheduler = parts.optimization.optimizer, parts.optimization.scheduler
+    optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
+    scheduler.load_state_dict(state["scheduler"])

@@ -353,8 +353,13 @@ class SamplerConfig(Section):
 class PlacementConfig(Section):
     """Where the target is learned."""
 
-    kind: Literal["inline"]
-    """inline: by the same process that updates the LLM."""
+    kind: Literal["inline", "peers"]
+    """inline: by the same processes that update the LLM. peers: by the last `peers` ranks, while
+    the others update; pays with trainer=overlapped, where neither waits for the other."""
+    peers: int = Field(ge=1)
+    """Ranks that sample, score and fit R, with `kind: peers`."""
+    timeout: float = Field(gt=0)
+    """Seconds that a rank waits for another before it gives up; longer than the longest phase."""
 
 
 class EvaluationConfig(Section):
@@ -375,10 +380,19 @@ class EvaluationConfig(Section):
 
 
 class GuardConfig(Section):
-    """When a run stops itself, with exit code 4."""
+    """What counts as a fault, and what happens then. A loss, a gradient or an R that is not finite
+    and a KL below zero always do. All ranks decide together."""
 
     kl_limit: float = Field(gt=0)
     """Largest KL(q* || LLM) of a step, in nats per completion token."""
+    min_entropy: float = Field(ge=0)
+    """Least entropy of what the LLM samples, in nats per token; 0 allows any."""
+    on_failure: Literal["stop", "skip", "rollback"]
+    """stop: end the run with exit code 4; the last checkpoint is kept. skip: leave the faulty step
+    out. rollback: take the whole iteration's update back. A fault of the target, which both of
+    these cannot mend, leaves the iteration without an update."""
+    max_failures: int = Field(ge=0)
+    """Faults in a row after which the run stops all the same."""
 
 
 class Config(Section):

@@ -40,14 +40,6 @@ class Decoded:
     hidden_BTD: Float[Tensor, "B T D"]
     """The last hidden state that predicts each token."""
 
-    def rows(self, start: int, end: int) -> "Decoded":
-        """Some of the rows."""
-        return Decoded(
-            ids_BT=self.ids_BT[start:end],
-            mask_BT=self.mask_BT[start:end],
-            hidden_BTD=self.hidden_BTD[start:end],
-        )
-
 
 @torch.no_grad()
 def decode(

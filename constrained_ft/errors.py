@@ -1,6 +1,7 @@
 """Errors a user can act on; each says what, where, what was got and what to do.
 
 CftError            1   anything below
+├── PeerError       1   a process of the run is lost, or does not answer
 ├── ConfigError     2   the command or the configuration is wrong; nothing was started
 ├── DataError       3   a corpus or a prompt file cannot be used
 ├── ModelError      3   a model or tokenizer is missing or cannot be used
@@ -22,7 +23,9 @@ __all__ = [
     "DivergedError",
     "Interrupted",
     "ModelError",
+    "PeerError",
     "ScorerError",
+    "error_named",
     "raise_problems",
 ]
 
@@ -31,6 +34,10 @@ class CftError(Exception):
     """Base of every error that is the user's to mend; the message is shown without a traceback."""
 
     exit_code = 1
+
+
+class PeerError(CftError):
+    """Another process of the run is lost, or does not answer; `--resume` continues."""
 
 
 class ConfigError(CftError):
@@ -81,3 +88,9 @@ def raise_problems(problems: Sequence[str]) -> None:
         raise ConfigError(problems[0])
     if problems:
         raise ConfigError("\n".join([f"{len(problems)} problems:", *(f"  {p}" for p in problems)]))
+
+
+def error_named(kind: str, text: str) -> CftError:
+    """An error that another process raised, by its class's name; one of no such name is general."""
+    kinds = {one.__name__: one for one in CftError.__subclasses__()}
+    return kinds.get(kind, CftError)(text)

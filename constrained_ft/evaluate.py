@@ -17,15 +17,17 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from constrained_ft.config import Config
-from constrained_ft.distributed import StopRequest, seed_for
+from constrained_ft.distributed import StopRequest, World
 from constrained_ft.encoding import Row, pad_id
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.packing import pad_right
 from constrained_ft.progress import Display
 from constrained_ft.prompts import Prompt
+from constrained_ft.randomness import seed_for
 from constrained_ft.rollouts import Rollouts, completion_hidden_states, sample
 from constrained_ft.run_folder import write_atomically
-from constrained_ft.scorers import Scorer, score_all
+from constrained_ft.scorers import Scorer
+from constrained_ft.scoring import Scoring
 
 _RESAMPLES = 1000
 _BATCH_ROWS = 16
@@ -102,6 +104,7 @@ def evaluate(  # noqa: PLR0913
     base: FrozenLLM | None,
     display: Display,
     stop: StopRequest,
+    world: World | None = None,
 ) -> Evaluation:
     """Sample, score and measure one model.
 
@@ -116,28 +119,36 @@ def evaluate(  # noqa: PLR0913
         base: the model to measure the KL to; None for the base itself.
         display: advanced by completions.
         stop: polled between batches.
+        world: who shares the work; every rank gets all results. None is this process alone.
 
     Raises:
         ScorerError: when a score is missing or invalid.
         Interrupted: when asked to stop.
     """
-    rollouts = sample(
-        llm,
-        prompts,
-        samples_per_prompt=config.evaluation.samples_per_prompt,
-        max_new_tokens=config.prompts.max_new_tokens,
-        sampler=config.sampler,
-        top_p=config.evaluation.top_p,
-        seed=seed_for(config.seed, "evaluation"),
-        iteration=0,
-        display=display,
-        stop=stop,
-    )
+    world = world or World.alone()
+    scorers = [scorer] if judge is None else [scorer, judge]
+    with Scoring(scorers, world) as scoring:
+        rollouts = sample(
+            llm,
+            prompts,
+            samples_per_prompt=config.evaluation.samples_per_prompt,
+            max_new_tokens=config.prompts.max_new_tokens,
+            sampler=config.sampler,
+            top_p=config.evaluation.top_p,
+            seed=seed_for(config.seed, "evaluation"),
+            iteration=0,
+            display=display,
+            stop=stop,
+            world=world,
+            each=scoring.begin,
+        )
+        scores = scoring.finish(rollouts)
+    per_group = config.evaluation.max_validation_rows
     return Evaluation(
         model=model,
-        groups=_group_results(rollouts, scorer, judge, config),
-        perplexity=perplexity(llm, validation, config.evaluation.max_validation_rows, stop),
-        kl_to_base=None if base is None else kl_to_base(llm, base, rollouts),
+        groups=_group_results(rollouts, scores, config),
+        perplexity=perplexity(llm, validation, per_group, stop, world),
+        kl_to_base=None if base is None else kl_to_base(llm, base, rollouts, world),
         scorer=f"{scorer.name} {scorer.version}",
         judge=None if judge is None else f"{judge.name} {judge.version}",
     )
@@ -153,31 +164,39 @@ def bootstrap(values: Sequence[float] | NDArray[np.generic], seed: int = 0) -> I
 
 @torch.no_grad()
 def perplexity(
-    llm: FrozenLLM, rows: Sequence[Row], per_group: int, stop: StopRequest
+    llm: FrozenLLM,
+    rows: Sequence[Row],
+    per_group: int,
+    stop: StopRequest,
+    world: World | None = None,
 ) -> dict[str, Interval]:
     """exp of the cross-entropy per trained token, by group; the interval resamples rows."""
+    world = world or World.alone()
     results = {}
     for group in dict.fromkeys(row.group for row in rows):
         chosen = [row for row in rows if row.group == group][:per_group]
-        losses, counts = [], []
         chosen.sort(key=lambda row: len(row.token_ids))
-        for start in range(0, len(chosen), _BATCH_ROWS):
+        starts = range(0, len(chosen), _BATCH_ROWS)
+        sums = np.zeros((len(chosen), 2))  # of losses, of tokens
+        for start in world.share(starts):
             stop.check()
             batch = chosen[start : start + _BATCH_ROWS]
-            for loss, count in _row_losses(llm, batch):
-                losses.append(loss)
-                counts.append(count)
-        results[group] = _ratio_perplexity(np.array(losses), np.array(counts))
+            sums[start : start + len(batch)] = _row_losses(llm, batch)
+        whole = np.array(world.totals(sums.ravel().tolist())).reshape(sums.shape)
+        results[group] = _ratio_perplexity(whole[:, 0], whole[:, 1])
     return results
 
 
 @torch.no_grad()
-def kl_to_base(llm: FrozenLLM, base: FrozenLLM, rollouts: Rollouts) -> float:
+def kl_to_base(
+    llm: FrozenLLM, base: FrozenLLM, rollouts: Rollouts, world: World | None = None
+) -> float:
     """Mean KL(model || base) a token over the vocabulary, on the model's completions, nats."""
     count = len(rollouts.prompt_N)
     rows_N = torch.arange(0, count, max(1, count // _KL_ROLLOUTS), device=llm.device)
+    world = world or World.alone()
     total, positions = 0.0, 0
-    for rows in rows_N.split(_BATCH_ROWS):
+    for rows in world.share(rows_N.split(_BATCH_ROWS)):
         mask_NT = rollouts.mask_NT[rows]
         base_MD = completion_hidden_states(base, rollouts, rows)[mask_NT]
         own_MD = completion_hidden_states(llm, rollouts, rows)[mask_NT]
@@ -186,7 +205,8 @@ def kl_to_base(llm: FrozenLLM, base: FrozenLLM, rollouts: Rollouts) -> float:
             base_MV = base.head(other).log_softmax(-1)
             total += float(F.kl_div(base_MV, own_MV, reduction="sum", log_target=True))
             positions += len(own)
-    return total / positions
+    total, everyones = world.totals([total, float(positions)])
+    return total / everyones
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
@@ -301,11 +321,11 @@ def choose_prompts(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
 
 
 def _group_results(
-    rollouts: Rollouts, scorer: Scorer, judge: Scorer | None, config: Config
+    rollouts: Rollouts, all_scores: Sequence[Sequence[float]], config: Config
 ) -> dict[str, GroupResult]:
-    prompt_texts = rollouts.prompt_texts
-    scores = np.array(score_all(scorer, prompt_texts, rollouts.texts))
-    judged = None if judge is None else np.array(score_all(judge, prompt_texts, rollouts.texts))
+    """Of the training scorer's scores and, where there are more, the judge's."""
+    scores, *rest = (np.array(one) for one in all_scores)
+    judged = rest[0] if rest else None
     prompts, samples = len(rollouts.prompts), config.evaluation.samples_per_prompt
     scores_SK = scores.reshape(prompts, samples)
     violated_SK = scores_SK < config.constraint.satisfied_at

@@ -14,22 +14,24 @@ step; dividing by the corpus tokens changes the scale, not the minimiser)
 many tokens as the mean completion has count as one sequence.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from constrained_ft.config import Config, TrainerConfig
-from constrained_ft.distributed import generator_for
+from constrained_ft.config import Config, GuardConfig, TrainerConfig
+from constrained_ft.distributed import World
 from constrained_ft.encoding import Row
 from constrained_ft.errors import DivergedError
 from constrained_ft.fused import Labels, fused_losses
 from constrained_ft.llm import LLM
 from constrained_ft.memory import release_freed
 from constrained_ft.packing import Packed, Tree
-from constrained_ft.parts import Parts
+from constrained_ft.parts import KL_TOLERANCE, Parts
+from constrained_ft.randomness import generator_for, seed_everything, seed_for
 from constrained_ft.rollouts import completion_trees
 from constrained_ft.target import Target
 
@@ -38,98 +40,134 @@ def update_llm(parts: Parts, target: Target, config: Config, iteration: int) -> 
     """Train the LLM for one iteration; every rollout of the target is used once.
 
     Returns:
-        `update/...` of `metrics.METRICS`, means over the steps.
+        `update/...` of `metrics.METRICS`, means over the steps that were taken.
 
     Raises:
-        DivergedError: when a loss is not finite or the KL is above `guard.kl_limit`; before the
-            step.
+        DivergedError: when a guard finds a fault, before the step, and is not to skip it; or when
+            it skipped as many in a row as it may.
         Interrupted: when asked to stop.
     """
-    llm, trainer, optimization = parts.llm, config.trainer, parts.optimization
+    llm, trainer, optimization, world = parts.llm, config.trainer, parts.optimization, parts.world
     parts.display.phase("updating the LLM", trainer.steps_per_iteration)
-    seen: list[dict[str, float]] = []
+    taken: list[dict[str, float]] = []
     split = _split_rollouts(target, config, iteration)
     prompts_per_step = target.num_prompts / trainer.steps_per_iteration
-    with llm.training():
+    seed = seed_for(config.seed, "dropout", iteration, world.rank)
+    with llm.training(), seed_everything(seed):
         for index, rows_N in enumerate(split):
             parts.stop.check()
             step = (iteration - 1) * trainer.steps_per_iteration + index
-            batches = [
-                parts.corpus.batch(
-                    step * trainer.gradient_accumulation_steps + micro,
-                    trainer.per_device_train_batch_size,
-                    config.seed,
-                )
-                for micro in range(trainer.gradient_accumulation_steps if trainer.corpus else 0)
-            ]
             optimization.optimizer.zero_grad()
             release_freed()
-            live = trainer.reference == "live" or (trainer.reference == "fresh" and index == 0)
             losses = backward_of_step(
-                llm, target, rows_N, batches, trainer, prompts_per_step, live=live
+                llm,
+                target,
+                rows_N,
+                _batches(parts, config, step),
+                trainer,
+                prompts_per_step,
+                live=trainer.reference == "live" or (trainer.reference == "fresh" and index == 0),
+                world=world,
             )
-            _guard(losses, config.guard.kl_limit, step)
-            norm = torch.nn.utils.clip_grad_norm_(
-                llm.trained_parameters().values(), trainer.max_grad_norm
-            )
-            if not torch.isfinite(norm):
-                raise DivergedError(
-                    f"the gradient's norm is {norm} at step {step}; lower trainer.learning_rate"
+            norm = float(
+                torch.nn.utils.clip_grad_norm_(
+                    llm.trained_parameters().values(), trainer.max_grad_norm
                 )
-            optimization.optimizer.step()
-            optimization.scheduler.step()
-            seen.append(losses | {"update/grad_norm": float(norm)})
-            parts.display.advance(1, ce=losses["update/ce"], kl=losses["update/kl"])
-    means = {name: sum(row[name] for row in seen) / len(seen) for name in seen[0]}
+            )
+            fault = fault_of_step(losses, norm, config.guard, step)
+            if fault is None:
+                optimization.optimizer.step()
+                taken.append(losses | {"update/grad_norm": norm})
+                parts.display.advance(1, ce=losses["update/ce"], kl=losses["update/kl"])
+                parts.faults = 0 if config.guard.on_failure == "skip" else parts.faults
+            elif config.guard.on_failure == "skip":
+                parts.tolerate(fault, config.guard, "the step is skipped")
+            else:
+                raise DivergedError(fault)
+            optimization.pass_step()
+    optimization.optimizer.zero_grad()
+    means = {name: sum(row[name] for row in taken) / len(taken) for name in (taken or [{}])[0]}
     return means | {
-        "update/kl_first": seen[0]["update/kl"],
+        **({"update/kl_first": taken[0]["update/kl"]} if taken else {}),
         "update/learning_rate": float(optimization.scheduler.get_last_lr()[0]),
+        "update/skipped_steps": float(len(split) - len(taken)),
     }
 
 
-def rows_after_first_step(target: Target, config: Config, iteration: int) -> Int[Tensor, " N"]:
-    """The rollouts whose reference has to be kept: at the first step a fresh one is the LLM."""
-    return torch.cat(
-        [*_split_rollouts(target, config, iteration)[1:], target.rollouts.prompt_N[:0]]
-    )
+def _batches(parts: Parts, config: Config, step: int) -> list[list[tuple[Row, ...]]]:
+    """The corpus rows of a step: by rank, then by pass."""
+    trainer, size = config.trainer, parts.world.size
+    passes = trainer.gradient_accumulation_steps if trainer.corpus else 0
+    return [
+        [
+            parts.corpus.batch(
+                (step * trainer.gradient_accumulation_steps + micro) * size + rank,
+                trainer.per_device_train_batch_size,
+                config.seed,
+            )
+            for micro in range(passes)
+        ]
+        for rank in range(size)
+    ]
+
+
+def rows_after_first_step(
+    target: Target, config: Config, iteration: int, world: World | None = None
+) -> Int[Tensor, " N"]:
+    """The rollouts whose reference this rank reads: at the first step a fresh one is the LLM."""
+    world = world or World.alone()
+    later = _split_rollouts(target, config, iteration)[1:]
+    own = [rows_N.tensor_split(world.size)[world.rank] for rows_N in later]
+    return torch.cat([*own, target.rollouts.prompt_N[:0]])
 
 
 def backward_of_step(  # noqa: PLR0913
     llm: LLM,
     target: Target,
     rows_N: Int[Tensor, " N"],
-    batches: Sequence[Sequence[Row]],
+    batches: Sequence[Sequence[Sequence[Row]]],
     config: TrainerConfig,
     num_prompts: float,
     *,
     live: bool = False,
+    world: World | None = None,
 ) -> dict[str, float]:
     """Add the gradient of one optimizer step's loss, in as many passes as there are batches.
+
+    The ranks share the rollouts and have corpus rows of their own; every rank ends with the
+    gradient of the whole loss, every count in it being that of all ranks.
 
     Args:
         llm: what moves.
         target: q*.
-        rows_N: the rollouts of this step.
-        batches: corpus rows, one entry a pass.
+        rows_N: the rollouts of this step, of all ranks.
+        batches: corpus rows: of each rank, one entry a pass.
         config: the `trainer` section.
         num_prompts: prompts that the step's rollouts stand for, a part of one counting as a part.
         live: the p inside q* is the LLM as it is, without gradient, and no other reference.
+        world: who shares the step; None is this process alone.
 
     Returns:
         Cross-entropy, KL and loss of the step, as in `metrics.METRICS`.
     """
-    tokens, sequences = _corpus_counts(batches, target.completion_length)
+    world = world or World.alone()
+    tokens, sequences = _corpus_counts(
+        [rows for passes in batches for rows in passes], target.completion_length
+    )
     # What each rollout's KL is multiplied by.
     scale = config.kl_weight * sequences / tokens / num_prompts
-    passes = batches or [()]
+    passes: Sequence[Sequence[Row]] = batches[world.rank] or [()]
     used_N = rows_N if config.kl_weight > 0 else rows_N[:0]
+    own_N = used_N.tensor_split(world.size)[world.rank]
     ce_sum, kl_sum = 0.0, 0.0
-    for rows, part_N in zip(passes, used_N.tensor_split(len(passes)), strict=True):
+    for rows, part_N in zip(passes, own_N.tensor_split(len(passes)), strict=True):
         if rows or len(part_N) > 0:
             ce, kl = _backward_of_pass(llm, target, part_N, rows, 1.0 / tokens, scale, live=live)
             ce_sum, kl_sum = ce_sum + ce, kl_sum + kl
+    ce_sum, kl_sum = world.totals([ce_sum, kl_sum])
+    world.add_gradients(llm.trained_parameters().values())
     return {
-        "update/ce": ce_sum / tokens if batches else 0.0,
+        "update/ce": ce_sum / tokens if config.corpus else 0.0,
         "update/kl": kl_sum / num_prompts / target.completion_length,
         "update/loss": ce_sum / tokens + scale * kl_sum,
     }
@@ -144,7 +182,7 @@ def _corpus_counts(
         count = sum(row.trained)
         tokens += count
         sequences += 1.0 if row.prompted else count / completion_length
-    return (tokens, sequences) if batches else (completion_length, 1.0)
+    return (tokens, sequences) if tokens else (completion_length, 1.0)
 
 
 def _backward_of_pass(  # noqa: PLR0913
@@ -226,14 +264,25 @@ def _split_rollouts(
     return order.tensor_split(config.trainer.steps_per_iteration)
 
 
-def _guard(losses: dict[str, float], kl_limit: float, step: int) -> None:
-    if not torch.isfinite(torch.tensor(losses["update/loss"])):
-        raise DivergedError(
-            f"the loss is {losses['update/loss']} at step {step}; lower trainer.learning_rate or "
-            "trainer.kl_weight"
+def fault_of_step(
+    losses: Mapping[str, float], norm: float, guard: GuardConfig, step: int
+) -> str | None:
+    """What is wrong with a step that was not taken yet; the same on all ranks."""
+    loss, kl = losses["update/loss"], losses["update/kl"]
+    if not math.isfinite(loss):
+        return (
+            f"the loss is {loss} at step {step}; lower trainer.learning_rate or trainer.kl_weight"
         )
-    if losses["update/kl"] > kl_limit:
-        raise DivergedError(
-            f"KL(q* || LLM) is {losses['update/kl']:.3g} nats a token at step {step}, above "
-            f"guard.kl_limit={kl_limit}; lower trainer.learning_rate or raise the limit"
+    if kl > guard.kl_limit:
+        return (
+            f"KL(q* || LLM) is {kl:.3g} nats a token at step {step}, above "
+            f"guard.kl_limit={guard.kl_limit}; lower trainer.learning_rate or raise the limit"
         )
+    if kl < -KL_TOLERANCE:
+        return (
+            f"KL(q* || LLM) is {kl:.3g} nats a token at step {step}: below zero by more than "
+            "rounding; set trainer.precision=fp32"
+        )
+    if not math.isfinite(norm):
+        return f"the gradient's norm is {norm} at step {step}; lower trainer.learning_rate"
+    return None

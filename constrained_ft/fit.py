@@ -27,9 +27,10 @@ from torch import Tensor
 from constrained_ft import equations
 from constrained_ft.auxiliary import Auxiliary, Evidence, FrozenAuxiliary, TokenTable
 from constrained_ft.config import AuxiliaryConfig
-from constrained_ft.distributed import StopRequest, generator_for, seed_everything, seed_for
+from constrained_ft.distributed import StopRequest, World
 from constrained_ft.fused import Head, expected_satisfaction
 from constrained_ft.progress import Display
+from constrained_ft.randomness import generator_for, seed_everything, seed_for
 from constrained_ft.rollouts import LabeledRollouts
 
 _CONSISTENCY_ROWS = 64
@@ -96,6 +97,7 @@ def fit_auxiliary(  # noqa: PLR0913
     seed: int,
     display: Display,
     stop: StopRequest,
+    world: World | None = None,
 ) -> dict[str, float]:
     """Fit R in place, from where it stands.
 
@@ -107,6 +109,8 @@ def fit_auxiliary(  # noqa: PLR0913
         seed: of the batches and the held-out slice.
         display: advanced once an epoch.
         stop: polled once an epoch.
+        world: who shares the rows of each batch; all have the same examples and end with the same
+            R. None is this process alone.
 
     Returns:
         How good R is on the held-out slice: `auxiliary/...` of `metrics.METRICS`.
@@ -114,6 +118,7 @@ def fit_auxiliary(  # noqa: PLR0913
     Raises:
         Interrupted: when asked to stop.
     """
+    world = world or World.alone()
     newest = labeled[0]
     steps = max(part.rollouts.ids_NT.shape[1] for part in labeled)
     kept, held_out = [], []
@@ -124,7 +129,7 @@ def fit_auxiliary(  # noqa: PLR0913
         held_out.append(Examples.of(part, held_out_rows, steps, weight))
     training, validation = Examples.joined(kept), Examples.joined(held_out)
     with seed_everything(seed_for(seed, "fit", newest.rollouts.iteration)):
-        epochs = _descend(auxiliary, head, training, validation, config, display, stop)
+        epochs = _descend(auxiliary, head, training, validation, config, display, stop, world)
     quality = measure(auxiliary.frozen(), head, held_out[0], seed=seed)
     return quality | {"auxiliary/epochs": float(epochs), "auxiliary/examples": float(len(training))}
 
@@ -137,6 +142,7 @@ def _descend(  # noqa: PLR0913
     config: AuxiliaryConfig,
     display: Display,
     stop: StopRequest,
+    world: World,
 ) -> int:
     """Early-stopped AdamW; leaves the best state on the held-out slice. Returns its epoch."""
     some = torch.randperm(len(training))[:_SCALAR_ROWS].to(training.labels_N.device)
@@ -151,9 +157,12 @@ def _descend(  # noqa: PLR0913
         order, shift = _epoch_order(training, balanced=config.balanced)
         auxiliary.train()
         for rows in order.split(config.batch_size):
-            loss = _loss(auxiliary, head, training.take(rows), shift, config.consistency_weight)
             optimizer.zero_grad()
-            loss.backward()
+            batch = training.take(rows)
+            loss = _loss(auxiliary, head, batch, shift, config.consistency_weight, world)
+            if loss is not None:
+                loss.backward()
+            world.add_gradients(auxiliary.parameters())
             torch.nn.utils.clip_grad_norm_(auxiliary.parameters(), 1.0)
             optimizer.step()
         auxiliary.eval()
@@ -176,7 +185,8 @@ def _settle_scalars(auxiliary: Auxiliary, sample: Examples) -> None:
     )
 
     def closure() -> float:
-        loss = _loss(auxiliary, _NO_HEAD, sample, 0.0, 0.0)
+        loss = _loss(auxiliary, _NO_HEAD, sample, 0.0, 0.0, _ALONE)
+        assert loss is not None
         gradients = torch.autograd.grad(loss, scalars, allow_unused=True)
         for scalar, gradient in zip(scalars, gradients, strict=True):
             scalar.grad = gradient
@@ -200,34 +210,49 @@ def _epoch_order(training: Examples, *, balanced: bool) -> tuple[Tensor, float]:
 
 
 def _loss(
-    auxiliary: Auxiliary, head: Head, batch: Examples, shift: float, consistency_weight: float
-) -> Tensor:
-    """Monte-Carlo loss of every prefix plus the weighted consistency loss of some."""
+    auxiliary: Auxiliary,
+    head: Head,
+    batch: Examples,
+    shift: float,
+    consistency_weight: float,
+    world: World,
+) -> Tensor | None:
+    """Monte-Carlo loss of every prefix plus the weighted consistency loss of some.
+
+    Of several ranks each gets the part of its own rows, None where it has none; the parts add up to
+    the loss of the batch.
+    """
+    rows_N = torch.arange(world.rank, len(batch), world.size)
+    own = batch if world.size == 1 else batch.take(rows_N)
+    if len(own) == 0:
+        return None
     if consistency_weight == 0:
-        table, ids_NT = auxiliary.table_of(batch.ids_NT)
+        table, ids_NT = auxiliary.table_of(own.ids_NT)
     else:
-        table, ids_NT = auxiliary.table(), batch.ids_NT
-    evidence = auxiliary(table, batch.hidden_NTD, ids_NT, batch.mask_NT)
+        table, ids_NT = auxiliary.table(), own.ids_NT
+    evidence = auxiliary(table, own.hidden_NTD, ids_NT, own.mask_NT)
     logits_NT = table.logits_of(evidence.factors_NTR, evidence.offset_NT, ids_NT)
-    weights_NT = batch.mask_NT * batch.weights_N[:, None]
-    labels_NT = batch.labels_N[:, None].expand_as(logits_NT)
+    weights_NT = own.mask_NT * own.weights_N[:, None]
+    whole_weight = (batch.mask_NT * batch.weights_N[:, None]).sum()
+    labels_NT = own.labels_N[:, None].expand_as(logits_NT)
     # The shift of balanced batches enters the loss only, so R itself stays calibrated.
     errors_NT = equations.bernoulli_cross_entropy(labels_NT, logits_NT + shift)
-    loss: Tensor = (errors_NT * weights_NT).sum() / weights_NT.sum()
+    loss: Tensor = (errors_NT * weights_NT).sum() / whole_weight
     if consistency_weight == 0:
         return loss
     # Pair the token at t with the expectation at t + 1; an end-of-text token has no successor.
     pairs_NT = batch.mask_NT[:, :-1] & batch.mask_NT[:, 1:]
     rows, columns = pairs_NT.nonzero(as_tuple=True)
     drawn = torch.randperm(len(rows), device=rows.device)[:_CONSISTENCY_ROWS]
-    rows, columns = rows[drawn], columns[drawn]
-    expected_M, complement_M = _expected(
-        table, evidence, head, batch.hidden_NTD, (rows, columns + 1)
-    )
+    if len(drawn) == 0:  # completions of one token
+        return loss
+    mine = drawn[rows[drawn] % world.size == world.rank]
+    rows, columns = rows[mine] // world.size, columns[mine]
+    expected_M, complement_M = _expected(table, evidence, head, own.hidden_NTD, (rows, columns + 1))
     residuals_M = equations.consistency_divergence(
         expected_M, complement_M, logits_NT[rows, columns]
     )
-    return loss + consistency_weight * residuals_M.mean()
+    return loss + consistency_weight * residuals_M.sum() / len(drawn)
 
 
 def _expected(
@@ -247,10 +272,12 @@ def _expected(
 
 @torch.no_grad()
 def _validation_loss(auxiliary: Auxiliary, validation: Examples) -> float:
-    loss = _loss(auxiliary, _NO_HEAD, validation, 0.0, 0.0)
+    loss = _loss(auxiliary, _NO_HEAD, validation, 0.0, 0.0, _ALONE)
+    assert loss is not None
     return float(loss)
 
 
+_ALONE = World.alone()
 _NO_HEAD = Head(weight_VD=torch.zeros(0, 0), bias_V=None, bf16_valued=False)
 
 

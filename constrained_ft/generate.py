@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from constrained_ft.auxiliary import FrozenAuxiliary
 from constrained_ft.config import SamplerConfig
 from constrained_ft.decoding import Guide
-from constrained_ft.distributed import StopRequest, seed_for
+from constrained_ft.distributed import StopRequest
 from constrained_ft.errors import ConfigError
 from constrained_ft.named_models import final_model, find_run, model_at
 from constrained_ft.progress import Display
 from constrained_ft.prompts import check_prompt_lengths, tokenise_prompts
+from constrained_ft.randomness import seed_for
 from constrained_ft.rollouts import Rollouts, sample
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.scorers import build_scorer, probe, score_all

@@ -1,10 +1,12 @@
 """Load the LLM, attach what is trained, write it back: weights, adapters, precision, kernels."""
 
 import re
+import shutil
 import warnings
 from pathlib import Path
 
 import peft
+import safetensors
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -20,9 +22,10 @@ from transformers.pytorch_utils import Conv1D
 
 from constrained_ft.attention import GROUPED
 from constrained_ft.config import LLMConfig, LoraConfig
-from constrained_ft.distributed import default_device, seed_everything
-from constrained_ft.errors import ModelError
+from constrained_ft.distributed import default_device
+from constrained_ft.errors import CheckpointError, ModelError
 from constrained_ft.llm import LLM, FrozenLLM
+from constrained_ft.randomness import seed_everything
 from constrained_ft.resources import explain_model_failure, resolve_model
 from constrained_ft.tiny import CONTEXT_LENGTH, byte_tokenizer, tiny_model
 
@@ -141,6 +144,34 @@ def export(llm: LLM, llm_dir: Path, adapter_dir: Path) -> None:
         peft.set_peft_model_state_dict(merged, state)
         merged.merge_and_unload().save_pretrained(llm_dir)
     llm.tokenizer.save_pretrained(llm_dir)
+
+
+@torch.no_grad()
+def rehearse_export(llm: LLM, aside: Path) -> None:
+    """Export to a folder, read it back as a user would, compare, and delete it.
+
+    Raises:
+        CheckpointError: when it cannot be written or read, or says something else than the LLM.
+    """
+    try:
+        export(llm, aside / "llm", aside / "adapter")
+        again = AutoModelForCausalLM.from_pretrained(aside / "llm", dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"the model cannot be exported to {aside}: {error}") from error
+    else:
+        ids_BL = torch.arange(1, 9)[None] % len(llm.head.weight_VD)
+        theirs_LV = again(input_ids=ids_BL).logits[0]
+        lengths_B = torch.tensor([ids_BL.shape[1]], device=llm.device)
+        states_BLD = llm.frozen().hidden_states(ids_BL.to(llm.device), lengths_B)
+        ours_LV = llm.head(states_BLD[0]).float().cpu()
+        gap = float((ours_LV - theirs_LV).abs().max() / ours_LV.abs().max().clamp_min(1e-6))
+        if not gap < (0.05 if llm.bf16 else 1e-3):
+            raise CheckpointError(
+                f"the exported model says something else than the one in memory (logits differ by "
+                f"{gap:.2g}): {type(llm.module).__name__} does not survive saving"
+            )
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def load_context_length(config: LLMConfig) -> int | None:

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from constrained_ft.config import Config
-from constrained_ft.distributed import seed_everything
 from constrained_ft.fused import Labels, Tilt, chunk_rows_for, fused_losses
 from constrained_ft.llm import LLM
 from constrained_ft.packing import Tree
 from constrained_ft.prompts import Prompts
+from constrained_ft.randomness import seed_everything
 
 _BUFFERS = 3  # float32 tensors of [chunk rows, vocabulary] in one loss
 _SAMPLING_BUFFERS = 4  # the same of [rows, vocabulary] when a token is drawn

@@ -9,6 +9,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "rollouts/satisfaction": ("share of this iteration's rollouts that satisfy C", "share"),
     "rollouts/score": ("mean score of this iteration's rollouts", "0 to 1"),
     "rollouts/length": ("mean length of a completion, end-of-text included", "tokens"),
+    "rollouts/entropy": ("mean of -log p over what the LLM said: its entropy", "nats per token"),
     "auxiliary/auc_first": ("ROC area of R after the first token, held-out prompts", "0 to 1"),
     "auxiliary/auc_middle": ("ROC area of R half-way, held-out prompts", "0 to 1"),
     "auxiliary/auc_last": ("ROC area of R after the last token, held-out prompts", "0 to 1"),
@@ -43,9 +44,16 @@ METRICS: dict[str, tuple[str, str]] = {
     "update/loss": ("what the optimizer minimises", "nats per corpus token"),
     "update/grad_norm": ("norm of the gradient before clipping", "nats"),
     "update/learning_rate": ("learning rate after the last step", "1"),
+    "update/skipped_steps": ("optimizer steps that a guard left out", "count"),
+    "update/rolled_back": ("1 where a guard took the whole update back", "count"),
+    "version/llm": ("updates that the LLM had when this one began", "count"),
+    "version/auxiliary": ("iteration that fitted the R in use", "iteration"),
+    "version/data": ("iteration whose rollouts are read", "iteration"),
+    "time/wait_target": ("waiting for peers to learn the target", "seconds"),
+    "time/wait_llm": ("peers waiting for the updated LLM", "seconds"),
     "time/target": ("sampling, scoring and fitting the auxiliary", "seconds"),
     "time/update": ("updating the LLM", "seconds"),
-    "time/iteration": ("the whole iteration, samples and checkpoint included", "seconds"),
+    "time/iteration": ("the whole iteration but for writing its checkpoint", "seconds"),
 }
 
 

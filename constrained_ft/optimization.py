@@ -1,5 +1,6 @@
 """The LLM's optimizer and its schedule."""
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,13 @@ class Optimization:
 
     optimizer: torch.optim.AdamW
     scheduler: torch.optim.lr_scheduler.LambdaLR
+
+    def pass_step(self) -> None:
+        """The learning rate of the next step, whether or not this one was taken."""
+        with warnings.catch_warnings():
+            # torch takes a step that a guard left out for a mistake in the order of calls.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            self.scheduler.step()
 
 
 def build_optimization(llm: LLM, config: TrainerConfig) -> Optimization:

@@ -16,7 +16,7 @@ def permutation(total: int, seed: int, purpose: str, epoch: int) -> tuple[int, .
     # Imported late, so that files can be checked without loading torch.
     import torch
 
-    from constrained_ft.distributed import generator_for
+    from constrained_ft.randomness import generator_for
 
     order = torch.randperm(total, generator=generator_for(seed, purpose, epoch))
     return tuple(order.tolist())

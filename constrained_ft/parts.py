@@ -1,14 +1,17 @@
 """Everything a run needs, built once; what is cheap to check is checked before the model loads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from constrained_ft.auxiliary import Auxiliary, vocabulary_prior
-from constrained_ft.config import Config
+from constrained_ft.config import Config, GuardConfig, ScorerConfig
 from constrained_ft.corpus import Corpus, load_corpus
-from constrained_ft.distributed import StopRequest, seed_for
+from constrained_ft.distributed import StopRequest, World, pack, unpack
+from constrained_ft.errors import DivergedError
 from constrained_ft.llm import LLM
 from constrained_ft.loading import load_context_length, load_llm, load_tokenizer
 from constrained_ft.memory import update_fits
@@ -16,9 +19,19 @@ from constrained_ft.optimization import Optimization, build_optimization
 from constrained_ft.phases import Phases
 from constrained_ft.progress import Display
 from constrained_ft.prompts import Prompts, load_prompts
+from constrained_ft.randomness import seed_for
 from constrained_ft.rollouts import LabeledRollouts
-from constrained_ft.scorers import Scorer, build_scorer, probe, score_all
+from constrained_ft.scorers import (
+    Ledger,
+    RememberingScorer,
+    Scorer,
+    build_scorer,
+    probe,
+    score_all,
+)
 from constrained_ft.sources import check_sources
+
+KL_TOLERANCE = 1e-5  # a KL is below zero by no more than this, nats a token
 
 
 @dataclass(kw_only=True)
@@ -35,6 +48,12 @@ class Parts:
     display: Display
     stop: StopRequest
     phases: Phases
+    world: World
+    """Who shares this rank's side of the work: all ranks, or with peers those of its side."""
+    everyone: World
+    """All ranks."""
+    faults: int = 0
+    """What guards tolerated in a row."""
     memory_estimate: int | None = None
     """Bytes at the peak; known once the base model was measured."""
     replay: list[LabeledRollouts] = field(default_factory=list)
@@ -44,9 +63,39 @@ class Parts:
         """Put the newest rollouts first and keep so many earlier iterations."""
         self.replay = [labeled, *self.replay[:earlier]]
 
+    def tolerate(self, fault: str, guard: GuardConfig, consequence: str) -> None:
+        """Go on after a fault, with a note.
 
-def build_parts(config: Config, display: Display, stop: StopRequest) -> Parts:
+        Raises:
+            DivergedError: when the configuration says to stop, or there were too many in a row.
+        """
+        self.faults += 1
+        if guard.on_failure == "stop":
+            raise DivergedError(fault)
+        if self.faults > guard.max_failures:
+            raise DivergedError(
+                f"{fault} (the last of {self.faults} in a row; guard.max_failures="
+                f"{guard.max_failures})"
+            )
+        self.display.note(f"guard: {fault}; {consequence}")
+
+
+def build_parts(
+    config: Config,
+    display: Display,
+    stop: StopRequest,
+    *,
+    scores: Path | None = None,
+    world: World | None = None,
+) -> Parts:
     """Build everything, the cheap checks first.
+
+    Args:
+        config: the whole run.
+        display: what people watch.
+        stop: polled by every stage.
+        scores: where scores that were paid for are kept; None keeps none.
+        world: all ranks; None is this process alone.
 
     Raises:
         DataError: when the corpus or the prompts cannot be used.
@@ -54,13 +103,13 @@ def build_parts(config: Config, display: Display, stop: StopRequest) -> Parts:
         ModelError: when the model cannot be loaded.
         ConfigError: when two settings contradict each other.
     """
+    world = world or World.alone()
     check_sources(config.data, config.prompts)
     display.phase("loading", 5)
-    scorer = build_scorer(config.constraint.scorer)
-    probe(scorer)
-    judge = None if config.evaluation.judge is None else build_scorer(config.evaluation.judge)
-    if judge is not None:
-        probe(judge)
+    ledger = None if scores is None else Ledger(scores, world.rank)
+    scorer = _probed(config.constraint.scorer, ledger)
+    chosen = config.evaluation.judge
+    judge = None if chosen is None else _probed(chosen, ledger)
     display.advance()
     tokenizer = load_tokenizer(config.llm)
     corpus = load_corpus(config.data, tokenizer)
@@ -77,7 +126,7 @@ def build_parts(config: Config, display: Display, stop: StopRequest) -> Parts:
     if config.llm.gradient_checkpointing == "auto" and not update_fits(llm, prompts, config):
         llm.checkpoint_activations()
     display.advance()
-    auxiliary = build_auxiliary(config, llm, tokenizer, scorer)
+    auxiliary = build_auxiliary(config, llm, tokenizer, scorer, world)
     display.advance()
     return Parts(
         llm=llm,
@@ -90,11 +139,23 @@ def build_parts(config: Config, display: Display, stop: StopRequest) -> Parts:
         display=display,
         stop=stop,
         phases=Phases(llm.slots),
+        world=world,
+        everyone=world,
     )
 
 
+def _probed(config: ScorerConfig, ledger: Ledger | None) -> Scorer:
+    scorer = build_scorer(config)
+    probe(scorer)
+    return scorer if ledger is None else RememberingScorer(scorer, ledger)
+
+
 def build_auxiliary(
-    config: Config, llm: LLM, tokenizer: PreTrainedTokenizerBase, scorer: Scorer
+    config: Config,
+    llm: LLM,
+    tokenizer: PreTrainedTokenizerBase,
+    scorer: Scorer,
+    world: World | None = None,
 ) -> Auxiliary:
     """R before the first sample: the vocabulary prior, or nothing."""
     embeddings = llm.module.get_input_embeddings().weight
@@ -103,8 +164,16 @@ def build_auxiliary(
     prior_V = torch.zeros(len(embeddings_VD), device=llm.device)
     if config.auxiliary.vocabulary_prior:
         texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-        nothing, *scores = score_all(scorer, [""] * (len(texts) + 1), ["", *texts])
+        nothing, *scores = _scores_of_texts(["", *texts], scorer, world or World.alone())
         prior_V[: len(texts)] = vocabulary_prior(torch.tensor(scores), nothing)
     seed = seed_for(config.seed, "auxiliary")
     auxiliary = Auxiliary(config.auxiliary, embeddings_VD, prior_V, seed=seed)
     return auxiliary.to(llm.device)
+
+
+def _scores_of_texts(texts: Sequence[str], scorer: Scorer, world: World) -> list[float]:
+    """Scores of texts without a prompt, paid for by one rank."""
+    found = score_all(scorer, [""] * len(texts), texts) if world.leads else []
+    _, told = unpack(world.tell(pack({}, found)))
+    assert isinstance(told, list)
+    return told

@@ -2,6 +2,7 @@
 
 from constrained_ft import evaluate
 from constrained_ft.config import Config
+from constrained_ft.distributed import pack, unpack
 from constrained_ft.errors import ScorerError
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.memory import (
@@ -28,16 +29,20 @@ def look_before(parts: Parts, config: Config, folder: RunFolder) -> evaluate.Eva
     taken = recent_peak(device) - held if watched else 0
     parts.memory_estimate = estimate_memory(parts.llm, parts.prompts, config, taken)
     _announce(parts, config, folder, base)
-    record_base(parts, config, folder)
+    if parts.everyone.leads:
+        record_base(parts, config, folder)
     return base
 
 
 def _evaluate_base(parts: Parts, config: Config, folder: RunFolder) -> evaluate.Evaluation:
     """The model before training; measured once, read back when a run is resumed."""
-    if folder.evaluation_file.exists():
+    # The first rank looks, so that all do the same.
+    _, measured = unpack(parts.everyone.tell(pack({}, folder.evaluation_file.exists())))
+    if measured:
         return evaluate.load(folder.evaluation_file)[0]
     base = evaluate_held_out(parts, config, parts.llm.frozen(), "base", base=None)
-    evaluate.save(folder.evaluation_file, [base], config)
+    if parts.everyone.leads:
+        evaluate.save(folder.evaluation_file, [base], config)
     return base
 
 
@@ -59,6 +64,7 @@ def evaluate_held_out(
         base=base,
         display=parts.display,
         stop=parts.stop,
+        world=parts.everyone,
     )
 
 
@@ -94,16 +100,26 @@ def _announce(parts: Parts, config: Config, folder: RunFolder, base: evaluate.Ev
             f"{config.constraint.satisfied_at:g}, delta {config.constraint.threshold:g}, "
             f"{config.constraint.labels} labels",
             "base satisfies": f"{rate:.1%} of {samples} probe samples",
-            "schedule": f"{trainer.schedule}, {config.placement.kind}",
+            "schedule": f"{trainer.schedule}, {_placement_words(parts, config)}",
             "memory": memory_words(parts.llm, parts.memory_estimate),
             "folder": str(folder.path),
         },
     )
+    if not parts.everyone.leads:
+        return
     folder.add_environment(
         {
+            "processes": parts.everyone.size,
             "device": str(parts.llm.device),
             "trunk": "bfloat16" if parts.llm.bf16 else "float32",
             "scorer": f"{parts.scorer.name} {parts.scorer.version}",
             "judge": None if parts.judge is None else f"{parts.judge.name} {parts.judge.version}",
         }
     )
+
+
+def _placement_words(parts: Parts, config: Config) -> str:
+    size, peers = parts.everyone.size, config.placement.peers
+    if config.placement.kind == "peers":
+        return f"{size - peers} processes update, {peers} learn the target"
+    return "1 process" if size == 1 else f"{size} processes"

@@ -1,4 +1,4 @@
-"""Sample completions y ~ p(. | x) from a frozen LLM and attach the constraint's verdict.
+"""Sample completions y ~ p(. | x) from a frozen LLM; attach the constraint's verdict.
 
 Shape suffixes:  S prompts, N rollouts, T completion positions, D hidden width, V vocabulary,
 L prompt positions.
@@ -11,8 +11,9 @@ The last hidden states that decoding computes anyway are kept for the auxiliary:
 predicts completion token t.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,11 +22,12 @@ from torch import Tensor
 from constrained_ft import equations
 from constrained_ft.config import ConstraintConfig, SamplerConfig
 from constrained_ft.decoding import Decoded, Guide, decode, decode_by_generate
-from constrained_ft.distributed import StopRequest, generator_for, seed_everything, seed_for
+from constrained_ft.distributed import StopRequest, World, pack, unpack
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.packing import Tree
 from constrained_ft.progress import Display
 from constrained_ft.prompts import Prompt
+from constrained_ft.randomness import generator_for, seed_everything, seed_for
 from constrained_ft.scorers import Scorer, score_all
 
 
@@ -89,6 +91,8 @@ def sample(  # noqa: PLR0913
     stop: StopRequest,
     guide: Guide | None = None,
     top_p: float = 1.0,
+    world: World | None = None,
+    each: Callable[[Rollouts], None] | None = None,
 ) -> Rollouts:
     """Sample completions at temperature 1, without truncation unless asked for.
 
@@ -105,18 +109,21 @@ def sample(  # noqa: PLR0913
         guide: log R of every next token, added to the log-probabilities: guided decoding, always by
             this package's sampler.
         top_p: sample from the fewest tokens with this much probability; 1 is no truncation.
+        world: who shares the work; every rank gets all completions. None is this process alone.
+        each: called with this rank's completions of each batch as soon as they are there.
 
     Raises:
         Interrupted: when asked to stop.
     """
+    world = world or World.alone()
     per_batch = max(1, sampler.batch_size // samples_per_prompt)
     # Prompts of similar length share a batch: less padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
-    decoded: dict[int, Decoded] = {}
-    for start in range(0, len(order), per_batch):
+    mine = world.share(order)
+    parts: list[Rollouts] = []
+    for start in range(0, len(mine), per_batch):
         stop.check()
-        chunk = order[start : start + per_batch]
-        batch = [prompts[i] for i in chunk]
+        batch = [prompts[i] for i in mine[start : start + per_batch]]
         token_ids = [prompt.token_ids for prompt in batch]
         if sampler.kind == "hf" and guide is None:
             ids = [prompt.id for prompt in batch]
@@ -140,10 +147,15 @@ def sample(  # noqa: PLR0913
             ]
             uniforms_BT = torch.cat(uniforms).to(llm.device)
             found = decode(llm, token_ids, uniforms_BT, guide=guide, top_p=top_p)
-        for row, i in enumerate(chunk):
-            decoded[i] = found.rows(row * samples_per_prompt, (row + 1) * samples_per_prompt)
-        display.advance(len(chunk) * samples_per_prompt)
-    return _collect(llm, prompts, [decoded[i] for i in range(len(prompts))], iteration)
+        parts.append(_rollouts(llm, batch, found, samples_per_prompt, iteration))
+        if each is not None:
+            each(parts[-1])
+        display.advance(len(batch) * samples_per_prompt)
+    packets = world.gather(pack_rollouts(parts)) if world.size > 1 else []
+    for rank, packet in enumerate(packets):
+        if rank != world.rank:
+            parts += unpack_rollouts(packet, llm.device)
+    return joined(parts, prompts)
 
 
 def label(rollouts: Rollouts, scorer: Scorer, constraint: ConstraintConfig) -> LabeledRollouts:
@@ -153,6 +165,19 @@ def label(rollouts: Rollouts, scorer: Scorer, constraint: ConstraintConfig) -> L
         ScorerError: when a score is missing, not finite, outside [0, 1] or not one per completion.
     """
     scores = score_all(scorer, rollouts.prompt_texts, rollouts.texts)
+    return with_scores(rollouts, scores, constraint)
+
+
+def with_scores(
+    rollouts: Rollouts, scores: Sequence[float], constraint: ConstraintConfig
+) -> LabeledRollouts:
+    """Attach the constraint's verdict.
+
+    Args:
+        rollouts: completions.
+        scores: one in [0, 1] for each.
+        constraint: the `constraint` section.
+    """
     scores_N = torch.tensor(scores, dtype=torch.float32, device=rollouts.ids_NT.device)
     satisfied_N = scores_N >= constraint.satisfied_at
     return LabeledRollouts(
@@ -203,38 +228,148 @@ def completion_hidden_states(
     return llm.packed_states(packed)[slots_NT.to(llm.device)]
 
 
-def _collect(
-    llm: FrozenLLM, prompts: Sequence[Prompt], decoded: Sequence[Decoded], iteration: int
-) -> Rollouts:
-    """Join the prompts' rows in the prompts' own order, padded to one length."""
-    steps = max(part.ids_BT.shape[1] for part in decoded)
+def joined(parts: Sequence[Rollouts], prompts: Sequence[Prompt]) -> Rollouts:
+    """Rollouts of different prompts in one, in the order of `prompts`, padded to one length."""
+    if len(parts) == 1 and parts[0].prompts == tuple(prompts):
+        return parts[0]
+    steps = max(part.ids_NT.shape[1] for part in parts)
 
-    def join(parts: Iterator[Tensor]) -> Tensor:
+    def join(tensors: Iterator[Tensor]) -> Tensor:
         padded = []
-        for part in parts:
+        for part in tensors:
             missing = steps - part.shape[1]
             padded.append(
                 torch.cat([part, part.new_zeros(part.shape[0], missing, *part.shape[2:])], 1)
             )
         return torch.cat(padded)
 
-    ids_NT = join(part.ids_BT for part in decoded)
-    mask_NT = join(part.mask_BT for part in decoded)
+    place = {prompt.id: i for i, prompt in enumerate(prompts)}
+    prompt_N = torch.cat(
+        [
+            torch.tensor([place[prompt.id] for prompt in part.prompts])[part.prompt_N.cpu()]
+            for part in parts
+        ]
+    ).to(parts[0].prompt_N.device)
+    texts = [text for part in parts for text in part.texts]
+    order = prompt_N.argsort(stable=True)
+    return Rollouts(
+        prompts=tuple(prompts),
+        prompt_N=prompt_N[order],
+        ids_NT=join(part.ids_NT for part in parts)[order],
+        mask_NT=join(part.mask_NT for part in parts)[order],
+        hidden_NTD=join(part.hidden_NTD for part in parts)[order],
+        texts=tuple(texts[row] for row in order.tolist()),
+        iteration=parts[0].iteration,
+    )
+
+
+def _rollouts(
+    llm: FrozenLLM, prompts: Sequence[Prompt], found: Decoded, repeats: int, iteration: int
+) -> Rollouts:
     end = llm.tokenizer.eos_token_id
     said = []
-    for row_ids, row_mask in zip(ids_NT.tolist(), mask_NT.tolist(), strict=True):
+    for row_ids, row_mask in zip(found.ids_BT.tolist(), found.mask_BT.tolist(), strict=True):
         kept = [token for token, real in zip(row_ids, row_mask, strict=True) if real]
         # The end-of-text token is the model's way to stop, not a part of what it says.
         if kept and kept[-1] == end:
             kept.pop()
         said.append(kept)
-    counts = torch.tensor([part.ids_BT.shape[0] for part in decoded])
     return Rollouts(
         prompts=tuple(prompts),
-        prompt_N=torch.arange(len(prompts)).repeat_interleave(counts).to(llm.device),
-        ids_NT=ids_NT,
-        mask_NT=mask_NT,
-        hidden_NTD=join(part.hidden_BTD for part in decoded),
+        prompt_N=torch.arange(len(prompts)).repeat_interleave(repeats).to(llm.device),
+        ids_NT=found.ids_BT,
+        mask_NT=found.mask_BT,
+        hidden_NTD=found.hidden_BTD,
         texts=tuple(llm.tokenizer.batch_decode(said)),
         iteration=iteration,
     )
+
+
+def rollout_tensors(rollouts: Rollouts) -> dict[str, Tensor]:
+    """Their tensors by name, for files and other processes."""
+    return {
+        "prompt": rollouts.prompt_N,
+        "ids": rollouts.ids_NT,
+        "mask": rollouts.mask_NT,
+        "hidden": rollouts.hidden_NTD,
+    }
+
+
+def rollout_facts(rollouts: Rollouts) -> dict[str, Any]:
+    """Everything else of them, as JSON."""
+    return {
+        "iteration": rollouts.iteration,
+        "prompts": [asdict(prompt) for prompt in rollouts.prompts],
+        "texts": list(rollouts.texts),
+    }
+
+
+def rollouts_from(tensors: Mapping[str, Tensor], facts: Any) -> Rollouts:
+    """Rollouts again, from `rollout_tensors` and `rollout_facts`.
+
+    Raises:
+        KeyError, TypeError, ValueError: when they are of something else.
+    """
+    prompts = [
+        Prompt(**(prompt | {"token_ids": tuple(prompt["token_ids"])}))
+        for prompt in facts["prompts"]
+    ]
+    return Rollouts(
+        prompts=tuple(prompts),
+        prompt_N=tensors["prompt"],
+        ids_NT=tensors["ids"],
+        mask_NT=tensors["mask"],
+        hidden_NTD=tensors["hidden"],
+        texts=tuple(facts["texts"]),
+        iteration=facts["iteration"],
+    )
+
+
+def labeled_tensors(labeled: LabeledRollouts) -> dict[str, Tensor]:
+    """The tensors of labelled rollouts by name; everything else is `rollout_facts`."""
+    return rollout_tensors(labeled.rollouts) | {
+        "scores": labeled.scores_N,
+        "satisfied": labeled.satisfied_N,
+        "labels": labeled.labels_N,
+    }
+
+
+def labeled_from(tensors: Mapping[str, Tensor], facts: Any) -> LabeledRollouts:
+    """Labelled rollouts again, from `labeled_tensors` and `rollout_facts`.
+
+    Raises:
+        KeyError, TypeError, ValueError: when they are of something else.
+    """
+    return LabeledRollouts(
+        rollouts=rollouts_from(tensors, facts),
+        scores_N=tensors["scores"],
+        satisfied_N=tensors["satisfied"],
+        labels_N=tensors["labels"],
+    )
+
+
+def pack_rollouts(parts: Sequence[Rollouts]) -> bytes:
+    """Rollouts for other processes."""
+    tensors = {
+        f"{i}.{name}": tensor
+        for i, part in enumerate(parts)
+        for name, tensor in rollout_tensors(part).items()
+    }
+    return pack(tensors, [rollout_facts(part) for part in parts])
+
+
+def unpack_rollouts(packet: bytes, device: torch.device) -> list[Rollouts]:
+    """What `pack_rollouts` was given."""
+    tensors, facts = unpack(packet)
+    assert isinstance(facts, list)
+    return [
+        rollouts_from(
+            {
+                name.partition(".")[2]: tensor.to(device)
+                for name, tensor in tensors.items()
+                if name.startswith(f"{i}.")
+            },
+            one,
+        )
+        for i, one in enumerate(facts)
+    ]

@@ -5,6 +5,7 @@ command.sh  environment.json        how to get it again: command, versions, mach
 status.json                         state, iteration, last checkpoint, reason, exit code
 metrics.jsonl                       one row an iteration
 rollouts/  checkpoints/             one entry an iteration
+scores/rank_0.jsonl                 every score that was asked for, so that none is asked for twice
 samples/                            what the LLM says to fixed prompts, some 8 times
 logs/attempt_1/                     of every start
 final/llm/  final/adapter/  final/auxiliary/
@@ -43,6 +44,8 @@ _OURS = (
     *(
         "rollouts",
         "samples",
+        "scores",
+        ".rehearsal",
         "checkpoints",
         "logs",
         "final",
@@ -51,6 +54,7 @@ _OURS = (
         "report",
     ),
 )
+_LOCK = ".lock"
 _PACKAGES = (
     *("constrained-ft", "torch", "transformers", "tokenizers", "datasets", "peft", "safetensors"),
     *("numpy", "hydra-core", "omegaconf", "pydantic", "gguf", "scikit-learn"),
@@ -99,6 +103,16 @@ class RunFolder:
     def phases_file(self) -> Path:
         """Seconds, tokens and padding of each phase, and memory at the peak."""
         return self.path / "phases.json"
+
+    @property
+    def scores(self) -> Path:
+        """Scores that were paid for, one file a process."""
+        return self.path / "scores"
+
+    @property
+    def rehearsal(self) -> Path:
+        """Where an export is tried before training; gone afterwards."""
+        return self.path / ".rehearsal"
 
     @property
     def checkpoints(self) -> Path:
@@ -179,6 +193,34 @@ class RunFolder:
         self.write_status("running", attempt=1, started=_now(), iteration=0, last_checkpoint=None)
         return self
 
+    def fork(
+        self, source: "RunFolder", config: Config, command: Sequence[str], *, clean: bool = False
+    ) -> "RunFolder":
+        """Begin a run here where another one stands: with its checkpoints, numbers and scores.
+
+        Raises:
+            ConfigError: if the other folder holds no checkpoint, or this one cannot be started in.
+        """
+        if not source.checkpoints.is_dir():
+            raise ConfigError(f"{source.path} holds no checkpoint to continue from")
+        self.start(config, command, clean=clean)
+        for theirs, ours in (
+            (source.checkpoints, self.checkpoints),
+            (source.scores, self.scores),
+        ):
+            if theirs.is_dir():
+                ignored = shutil.ignore_patterns(".tmp-*")
+                shutil.copytree(theirs, ours, ignore=ignored, dirs_exist_ok=True)
+        if source.metrics_file.exists():
+            shutil.copy(source.metrics_file, self.metrics_file)
+        done = source.status().get("iteration", 0)
+        self.write_status(
+            "running",
+            iteration=done,
+            forked_from={"folder": str(source.path.resolve()), "iteration": done},
+        )
+        return self
+
     def resume(self, config: Config, command: Sequence[str]) -> "RunFolder":
         """Continue the run of this folder.
 
@@ -197,7 +239,8 @@ class RunFolder:
             raise ConfigError(
                 f"{self.path} was started with another configuration:\n"
                 + "\n".join(lines)
-                + "\nResume it without these changes, or start a new run."
+                + "\nResume it without these changes, or continue from it in a folder of its own "
+                "with --fork."
             )
         self._take()
         with self.command_file.open("a") as file:
@@ -236,15 +279,22 @@ class RunFolder:
         """Whether a process of this machine writes to the folder."""
         if self._lock is not None:
             return True
+        if not (self.path / _LOCK).exists():
+            return False
         lock = _lock(self.path)
         if lock is not None:
-            os.close(lock)
+            _let_go(lock)
         return lock is None
+
+    def lock_descriptors(self) -> tuple[int, ...]:
+        """What a child process inherits to hold the lock too."""
+        assert self._lock is not None
+        return (self._lock,)
 
     def close(self) -> None:
         """Let other processes write here again."""
         if self._lock is not None:
-            os.close(self._lock)
+            _let_go(self._lock)
             self._lock = None
 
     def _take(self) -> None:
@@ -256,9 +306,10 @@ class RunFolder:
             reason = error.strerror or error
             raise ConfigError(f"output_dir={self.path} cannot be used: {reason}") from None
         if self._lock is None:
+            host, pid = _holder(self.path) or ("another machine", "unknown")
             raise ConfigError(
-                f"process {self.status().get('pid', 'unknown')} is writing to {self.path}; wait "
-                "for it, or choose another output_dir=PATH"
+                f"process {pid} on {host} is writing to {self.path}; wait for it, or choose "
+                f"another output_dir=PATH (if it is gone for good, delete {self.path / _LOCK})"
             )
         if not os.access(self.path, os.W_OK):
             raise ConfigError(f"output_dir={self.path} cannot be written")
@@ -306,15 +357,22 @@ def newest_unfinished(parent: Path, config: Config) -> RunFolder | None:
     return max(found, key=lambda pair: pair[0])[1] if found else None
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Replace a file so that a reader, or a crash, sees the old text or the new, never a part."""
+def write_atomically(file: Path, text: str, *, durable: bool = True) -> None:
+    """Replace a file so that a reader, or a crash, sees the old text or the new, never a part.
+
+    Args:
+        file: its folder is made if need be.
+        text: all of it.
+        durable: wait until it has reached the disk, which a loss of power needs.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with part.open("w", encoding="utf-8") as stream:
             stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
@@ -339,16 +397,51 @@ def _now() -> str:
 
 
 def _lock(folder: Path) -> int | None:
-    """A lock on a folder that lives as long as its descriptor; None if another holds it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """The lock of a folder, which lives as long as its descriptor; None if another holds it.
+
+    It names its holder, for messages. On a file system without locks the name alone decides: a
+    process of this machine that is gone holds nothing; one of another machine cannot be asked.
+    """
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    holder = _holder(folder)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
     except BlockingIOError:
+        free = False
+    except OSError:
+        free = holder is None or (holder[0] == socket.gethostname() and not _lives(holder[1]))
+    if not free:
         os.close(descriptor)
         return None
-    except OSError:  # a file system without locks: nobody can be told apart
-        return descriptor
+    os.ftruncate(descriptor, 0)
+    me = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
+    os.pwrite(descriptor, me.encode(), 0)
     return descriptor
+
+
+def _let_go(descriptor: int) -> None:
+    os.ftruncate(descriptor, 0)
+    os.close(descriptor)
+
+
+def _holder(folder: Path) -> tuple[str, int] | None:
+    """Host and process that wrote the lock last; None where none did, or let go of it."""
+    try:
+        named = json.loads((folder / _LOCK).read_text())
+        return str(named["host"]), int(named["pid"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _environment(config: Config) -> dict[str, object]:

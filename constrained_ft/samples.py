@@ -7,11 +7,11 @@ from pathlib import Path
 from constrained_ft import evaluate
 from constrained_ft.config import Config
 from constrained_ft.decoding import Guide
-from constrained_ft.distributed import seed_for
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.parts import Parts
 from constrained_ft.progress import Silent
 from constrained_ft.prompts import Prompt
+from constrained_ft.randomness import seed_for
 from constrained_ft.rollouts import LabeledRollouts, sample
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.scorers import score_all

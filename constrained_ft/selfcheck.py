@@ -19,11 +19,11 @@ from torch import Tensor
 
 from constrained_ft import equations
 from constrained_ft.compose import compose
-from constrained_ft.distributed import generator_for
 from constrained_ft.finetune import update_llm
 from constrained_ft.llm import LLM
 from constrained_ft.parts import Parts
 from constrained_ft.progress import Display
+from constrained_ft.randomness import generator_for
 from constrained_ft.rollouts import Rollouts, label
 from constrained_ft.tabular import every_completion, table_parts
 from constrained_ft.target import Target, learn_target, states_of

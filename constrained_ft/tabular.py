@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from constrained_ft.config import Config, LLMConfig
 from constrained_ft.corpus import corpus_of
-from constrained_ft.distributed import StopRequest, default_device, generator_for
+from constrained_ft.distributed import StopRequest, World, default_device
 from constrained_ft.encoding import Row
 from constrained_ft.llm import LLM
 from constrained_ft.optimization import build_optimization
@@ -28,6 +28,7 @@ from constrained_ft.parts import Parts, build_auxiliary
 from constrained_ft.phases import Phases
 from constrained_ft.progress import Silent
 from constrained_ft.prompts import Prompt, Prompts
+from constrained_ft.randomness import generator_for
 from constrained_ft.rollouts import Rollouts
 from constrained_ft.scorers import build_scorer
 
@@ -198,6 +199,8 @@ def table_parts(letters: str, length: int, config: Config, rows: Sequence[Row] =
         display=Silent(),
         stop=StopRequest(),
         phases=Phases(llm.slots),
+        world=World.alone(),
+        everyone=World.alone(),
     )
 
 

@@ -19,20 +19,22 @@ from torch import Tensor
 
 from constrained_ft import equations
 from constrained_ft.auxiliary import LOGIT_LIMIT, Evidence, FrozenAuxiliary, TokenTable
-from constrained_ft.config import Config, TrainerConfig
-from constrained_ft.distributed import StopRequest, generator_for
+from constrained_ft.config import Config, GuardConfig, TrainerConfig
+from constrained_ft.distributed import StopRequest, World, pack, unpack
 from constrained_ft.fit import fit_auxiliary
-from constrained_ft.fused import Head, Tilt, expected_satisfaction, fused_losses
+from constrained_ft.fused import Head, Labels, Tilt, expected_satisfaction, fused_losses
 from constrained_ft.llm import FrozenLLM
-from constrained_ft.parts import Parts
+from constrained_ft.parts import KL_TOLERANCE, Parts
 from constrained_ft.progress import Display
+from constrained_ft.randomness import generator_for
 from constrained_ft.rollouts import (
     LabeledRollouts,
     Rollouts,
     completion_hidden_states,
-    label,
     sample,
+    with_scores,
 )
+from constrained_ft.scoring import Scoring
 
 _FORWARD_ROWS = 32  # rollouts in one forward pass
 
@@ -43,6 +45,20 @@ class Reference:
 
     hidden_NTD: Float[Tensor, "N T D"]
     head: Head
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What of a target takes passes over the vocabulary; the rest follows from it quickly."""
+
+    log_satisfied_S: Float[Tensor, " S"]
+    """log R(x) of every prompt."""
+    log_violated_S: Float[Tensor, " S"]
+    """log(1 - R(x))."""
+    kl_N: Float[Tensor, " N"]
+    """sum over prefixes of w KL(q* || reference) of every rollout, in nats."""
+    entropy: float
+    """Of the LLM that sampled, nats a token: the mean of -log p over what it said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +84,10 @@ class Target:
     """Prompts that were sampled, S_x, whether or not the update reads a rollout of each."""
     completion_length: float
     """Mean tokens of a completion, over all rollouts: those that are read are not typical."""
+    facts: Facts
+    """Of all rollouts; with R and them, q* can be built again."""
+    usable: bool
+    """Whether an update may read it: false after a fault that `guard.on_failure` lets pass."""
     metrics: dict[str, float]
 
     @property
@@ -108,6 +128,16 @@ class Target:
             hidden_NTD[rows_M] = states_of(reference, self.rollouts.take(rows_M))
         return replace(self, reference=Reference(hidden_NTD=hidden_NTD, head=reference.head))
 
+    def gathered(self, rows_M: Int[Tensor, " M"], world: World) -> "Target":
+        """The same with everyone's states: each rank has those of its part of some rows."""
+        if world.size == 1:
+            return self
+        own = rows_M.tensor_split(world.size)[world.rank]
+        packets = world.gather(pack({"hidden": self.reference.hidden_NTD[own]}, None))
+        hidden = [unpack(packet)[0]["hidden"] for packet in packets]
+        hidden_NTD = torch.cat(hidden).to(rows_M.device)
+        return replace(self, reference=replace(self.reference, hidden_NTD=hidden_NTD))
+
 
 def states_of(llm: FrozenLLM, rollouts: Rollouts) -> Float[Tensor, "N T D"]:
     """Hidden states from a forward pass, the arithmetic that the update's own passes use."""
@@ -121,20 +151,50 @@ def learn_target(parts: Parts, config: Config, reference: FrozenLLM, iteration: 
 
     Raises:
         ScorerError: when a score is missing or invalid.
+        DivergedError: when a guard finds a fault and is not to go on.
         Interrupted: when asked to stop.
     """
+    before = {name: tensor.clone() for name, tensor in parts.auxiliary.state_dict().items()}
     labeled, metrics = learn_auxiliary(parts, config, reference, iteration)
     with parts.phases.during("target") as spent:
-        target = build_target(labeled, parts.auxiliary.frozen(), reference.head, config)
+        auxiliary, head = parts.auxiliary.frozen(), reference.head
+        target = build_target(labeled, auxiliary, head, config, world=parts.world)
         spent.tokens += int(labeled.rollouts.mask_NT.sum())
     target = replace(target, metrics=target.metrics | metrics)
+    fault = fault_of_target(target, config.guard)
+    if fault is not None:
+        parts.tolerate(f"{fault} in iteration {iteration}", config.guard, "its target is not used")
+        parts.auxiliary.load_state_dict(before)
+        return replace(target, usable=False)
     if config.trainer.reference != "matched":  # the update brings its own
         return target
     # In bfloat16 the states that decoding leaves differ from those of a forward pass by 8e-4 nat a
     # token, a third of the KL that is trained on; two forward passes differ by 2e-6 (SmolLM2-135M,
     # two CPU cores). In float32 only the last bits differ, but a fresh reference has those.
     with parts.phases.during("reference"):
-        return target.with_reference(reference)
+        rows_N = torch.arange(len(target.share_N), device=reference.device)
+        own_N = rows_N.tensor_split(parts.world.size)[parts.world.rank]
+        mine = target.with_reference(reference, own_N)
+        return mine.gathered(rows_N, parts.world)
+
+
+def fault_of_target(target: Target, guard: GuardConfig) -> str | None:
+    """What is wrong with a target; the same on all ranks that learned it."""
+    facts = target.facts
+    if not all(torch.isfinite(part).all() for part in (facts.log_satisfied_S, facts.kl_N)):
+        return "R is not a number for some prompt or completion"
+    if float(facts.log_satisfied_S.max()) > KL_TOLERANCE:
+        return f"R(x) is {float(facts.log_satisfied_S.max().exp()):.6g} for a prompt, above 1"
+    least = float((facts.kl_N / target.completion_length).min())
+    if least < -KL_TOLERANCE:
+        return f"KL(q* || reference) of a completion is {least:.3g} nats a token, below zero"
+    if not facts.entropy >= guard.min_entropy:
+        return (
+            f"the LLM's entropy has fallen to {facts.entropy:.3g} nats a token, below "
+            f"guard.min_entropy={guard.min_entropy}: lower trainer.kl_weight or "
+            "trainer.learning_rate"
+        )
+    return None
 
 
 def learn_auxiliary(
@@ -147,22 +207,26 @@ def learn_auxiliary(
         iteration, config.prompts.prompts_per_iteration, config.seed
     )
     display.phase("sampling", len(prompts) * config.prompts.samples_per_prompt)
-    with parts.phases.during("sampling"):
-        rollouts = sample(
-            reference,
-            prompts,
-            samples_per_prompt=config.prompts.samples_per_prompt,
-            max_new_tokens=config.prompts.max_new_tokens,
-            sampler=config.sampler,
-            seed=config.seed,
-            iteration=iteration,
-            display=display,
-            stop=stop,
-        )
-    display.phase("scoring", len(rollouts.texts))
-    with parts.phases.during("scoring") as spent:
-        labeled = label(rollouts, parts.scorer, config.constraint)
-        spent.tokens += int(rollouts.mask_NT.sum())
+    with Scoring([parts.scorer], parts.world) as scoring:
+        with parts.phases.during("sampling"):
+            rollouts = sample(
+                reference,
+                prompts,
+                samples_per_prompt=config.prompts.samples_per_prompt,
+                max_new_tokens=config.prompts.max_new_tokens,
+                sampler=config.sampler,
+                seed=config.seed,
+                iteration=iteration,
+                display=display,
+                stop=stop,
+                world=parts.world,
+                each=scoring.begin,
+            )
+        display.phase("scoring", len(rollouts.texts))
+        with parts.phases.during("scoring") as spent:
+            (scores,) = scoring.finish(rollouts)
+            labeled = with_scores(rollouts, scores, config.constraint)
+            spent.tokens += int(rollouts.mask_NT.sum())
     satisfaction = float(labeled.satisfied_N.float().mean())
     display.advance(len(rollouts.texts), satisfaction=satisfaction)
     if not parts.replay:
@@ -178,6 +242,7 @@ def learn_auxiliary(
             seed=config.seed,
             display=display,
             stop=stop,
+            world=parts.world,
         )
         spent.tokens += sum(int(past.rollouts.mask_NT.sum()) for past in parts.replay)
     lengths_N = rollouts.mask_NT.sum(-1).float()
@@ -190,7 +255,13 @@ def learn_auxiliary(
 
 @torch.no_grad()
 def build_target(
-    labeled: LabeledRollouts, auxiliary: FrozenAuxiliary, head: Head, config: Config
+    labeled: LabeledRollouts,
+    auxiliary: FrozenAuxiliary,
+    head: Head,
+    config: Config,
+    *,
+    world: World | None = None,
+    facts: Facts | None = None,
 ) -> Target:
     """q* from labelled rollouts of the reference and R fitted to them.
 
@@ -203,10 +274,17 @@ def build_target(
         auxiliary: R.
         head: output head of the LLM that sampled them.
         config: sections `constraint` and `trainer`, and the seed.
+        world: who shares the passes over the vocabulary; None is this process alone.
+        facts: what those passes gave, where a target is built again.
     """
+    world = world or World.alone()
     rollouts, trainer = labeled.rollouts, config.trainer
     evidence = auxiliary.read(rollouts)
-    log_satisfied_S, log_violated_S = _prompt_satisfaction(labeled, evidence, auxiliary, head)
+    if facts is None:
+        satisfaction = _prompt_satisfaction(labeled, evidence, auxiliary, head, world)
+    else:
+        satisfaction = facts.log_satisfied_S, facts.log_violated_S
+    log_satisfied_S, log_violated_S = satisfaction
     has_floor = config.constraint.threshold < 1
     log_floor_S = equations.log_floor_for_threshold(
         log_satisfied_S, log_violated_S, config.constraint.threshold
@@ -230,10 +308,23 @@ def build_target(
         share_N=1.0 / torch.bincount(rollouts.prompt_N)[rollouts.prompt_N],
         num_prompts=len(rollouts.prompts),
         completion_length=float(rollouts.mask_NT.sum() / len(rollouts.mask_NT)),
+        facts=Facts(
+            log_satisfied_S=log_satisfied_S,
+            log_violated_S=log_violated_S,
+            kl_N=torch.zeros_like(floor_N),
+            entropy=0.0,
+        )
+        if facts is None
+        else facts,
+        usable=True,
         metrics={},
     )
-    kl_N = _kl_of_rollouts(whole)
+    if facts is None:
+        kl_N, entropy = _kl_of_rollouts(whole, world)
+        whole = replace(whole, facts=replace(whole.facts, kl_N=kl_N, entropy=entropy))
+    kl_N = whole.facts.kl_N
     metrics = {
+        "rollouts/entropy": whole.facts.entropy,
         "target/satisfaction": float(log_satisfied_S.exp().mean()),
         "target/kl": float(equations.target_kl(log_satisfied_S, log_violated_S, floor_S).mean()),
         "target/kl_per_token": float(kl_N.sum() / rollouts.mask_NT.sum()),
@@ -269,14 +360,25 @@ def _prefix_weights(
     return equations.prefix_logweights(log_token_NT, floored_prompt_N).exp()
 
 
-def _kl_of_rollouts(target: Target) -> Float[Tensor, " N"]:
-    """sum over prefixes of w KL(q* || reference) of each rollout, in nats."""
-    rows_M, steps_M = target.rollouts.mask_NT.nonzero(as_tuple=True)
+def _kl_of_rollouts(target: Target, world: World) -> tuple[Float[Tensor, " N"], float]:
+    """sum over prefixes of w KL(q* || reference) of each rollout, in nats, and the entropy."""
+    rollouts = target.rollouts
+    rows_M, steps_M = rollouts.mask_NT.nonzero(as_tuple=True)
+    positions = len(rows_M)
+    mine_M = rows_M % world.size == world.rank
+    rows_M, steps_M = rows_M[mine_M], steps_M[mine_M]
     tilt = target.tilt(rows_M, steps_M)
-    kl_M = fused_losses(tilt.hidden_MD, tilt.head, tilt=tilt).kl_M
-    assert kl_M is not None
-    kl_N = torch.zeros(len(target.share_N), device=rows_M.device)
-    return kl_N.index_add_(0, rows_M, kl_M * target.weights_NT[rows_M, steps_M])
+    said = Labels(
+        next_M=rollouts.ids_NT[rows_M, steps_M], weights_M=torch.zeros_like(tilt.weights_M)
+    )
+    losses = fused_losses(tilt.hidden_MD, tilt.head, tilt=tilt, labels=said)
+    assert losses.kl_M is not None
+    assert losses.ce_M is not None
+    kl_N = torch.zeros_like(target.share_N)
+    kl_N.index_add_(0, rows_M, losses.kl_M * target.weights_NT[rows_M, steps_M])
+    world.add([kl_N])
+    (surprise,) = world.totals([float(losses.ce_M.sum())])
+    return kl_N, surprise / positions
 
 
 def _some_rollouts(
@@ -295,17 +397,28 @@ def _some_rollouts(
 
 
 def _prompt_satisfaction(
-    labeled: LabeledRollouts, evidence: Evidence, auxiliary: FrozenAuxiliary, head: Head
+    labeled: LabeledRollouts,
+    evidence: Evidence,
+    auxiliary: FrozenAuxiliary,
+    head: Head,
+    world: World,
 ) -> tuple[Float[Tensor, " S"], Float[Tensor, " S"]]:
     """log R(x) and log(1 - R(x)) of every prompt: one step of expectation from the prompt."""
     rollouts = labeled.rollouts
     counts_S = torch.bincount(rollouts.prompt_N, minlength=len(rollouts.prompts))
     first_S = counts_S.cumsum(0) - counts_S
-    return expected_satisfaction(
+    mine_S = torch.arange(world.rank, len(counts_S), world.size, device=first_S.device)
+    own_S = first_S[mine_S]
+    found = expected_satisfaction(
         auxiliary.table.guidance(
             head,
-            rollouts.hidden_NTD[first_S, 0],
-            evidence.factors_NTR[first_S, 0],
-            evidence.offset_NT[first_S, 0],
+            rollouts.hidden_NTD[own_S, 0],
+            evidence.factors_NTR[own_S, 0],
+            evidence.offset_NT[own_S, 0],
         )
     )
+    whole = [torch.zeros(len(counts_S), device=first_S.device) for _ in found]
+    for all_S, part_S in zip(whole, found, strict=True):
+        all_S[mine_S] = part_S
+    world.add(whole)
+    return whole[0], whole[1]

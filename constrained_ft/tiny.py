@@ -17,8 +17,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from constrained_ft.distributed import seed_everything
 from constrained_ft.errors import ConfigError
+from constrained_ft.randomness import seed_everything
 
 END_OF_TEXT = "<|endoftext|>"
 CONTEXT_LENGTH = 256

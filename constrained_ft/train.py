@@ -4,34 +4,39 @@ Meng et al. 2024, arXiv:2410.05559. What each line means is in the module it cal
 """
 
 import time
-from dataclasses import replace
 
 from constrained_ft import checkpoint, evaluate, metrics, phases
 from constrained_ft.config import Config
-from constrained_ft.distributed import StopRequest
+from constrained_ft.distributed import StopRequest, World, pack, unpack
+from constrained_ft.errors import CheckpointError, DivergedError
 from constrained_ft.evaluate import Evaluation
 from constrained_ft.finetune import rows_after_first_step, update_llm
-from constrained_ft.loading import export, load_base
+from constrained_ft.loading import export, load_base, rehearse_export
 from constrained_ft.memory import memory_line, peak_memory, release_freed
 from constrained_ft.parts import Parts, build_parts
-from constrained_ft.placement import Done, Inline, Pending, Placement
+from constrained_ft.placement import Done, Inline, Peers, Pending
 from constrained_ft.preflight import evaluate_held_out, look_before
 from constrained_ft.progress import Display
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.samples import record_iteration
-from constrained_ft.target import Target, build_target, learn_auxiliary, learn_target
+from constrained_ft.target import Target
 
 
 def train(
-    config: Config, folder: RunFolder, display: Display, stop: StopRequest
+    config: Config,
+    folder: RunFolder,
+    display: Display,
+    stop: StopRequest,
+    world: World | None = None,
 ) -> list[Evaluation]:
     """Run `config` from its newest checkpoint, or from the start, to the last iteration.
 
     Args:
         config: the whole run.
-        folder: already started or resumed; everything is written there.
+        folder: already started or resumed; the first rank writes everything there.
         display: what people watch.
         stop: polled by every stage.
+        world: all processes of the run, each of which calls this; None is this one alone.
 
     Returns:
         The base and the fine-tuned model, measured on held-out prompts and text.
@@ -39,12 +44,18 @@ def train(
     Raises:
         CftError: the errors of every stage; the newest checkpoint is kept.
     """
-    parts = build_parts(config, display, stop)
-    placement: Placement = Inline()
+    world = world or World.alone()
+    parts = build_parts(config, display, stop, scores=folder.scores, world=world)
+    placement = Inline() if config.placement.kind == "inline" else _divide(parts, config)
     with parts.phases.during("evaluation"):
         base = look_before(parts, config, folder)
-    done, target = _restore(parts, config, folder)
+    done, target = continue_from_newest(parts, config, folder)
     last = config.trainer.iterations
+    if isinstance(placement, Peers) and placement.learns:
+        placement.serve(parts, config, last)
+        return _finish(parts, config, folder, base, placement)
+    if done == 0:
+        _rehearse(parts, config, folder)
     alternating = config.trainer.schedule == "alternating"
     for iteration in range(done + 1, last + 1):
         started = time.monotonic()
@@ -52,7 +63,7 @@ def train(
         # learned during the last update, nobody would read.
         pending: Pending
         if alternating or target is None or iteration < last:
-            pending = placement.start(learn_target, parts, config, parts.llm.frozen(), iteration)
+            pending = placement.start(parts, config, parts.llm.frozen(), iteration)
         else:
             pending = Done(target)
         learned = time.monotonic()
@@ -62,69 +73,152 @@ def train(
         if alternating or target is None:
             target = pending.wait()
 
-        row = _update(parts, target, config, iteration)
+        row = _update(parts, target, config, folder, iteration)
         updated = time.monotonic()
 
         target = pending.wait()  # nothing is in flight past this line, so it is safe to save
-        with parts.phases.during("samples"):
-            record_iteration(parts, config, folder, target, iteration)
-        with parts.phases.during("checkpoint"):
-            checkpoint.save(folder.checkpoints, iteration, parts, target.reference)
         if target.iteration == iteration:  # the last overlapped iteration learns none
             row |= target.metrics
-        row |= {"time/target": learned - started, "time/update": updated - learned}
-        row |= {"iteration": iteration, "time/iteration": time.monotonic() - started}
-        metrics.append(folder.metrics_file, row)
+        if parts.everyone.leads:
+            with parts.phases.during("samples"):
+                record_iteration(parts, config, folder, target, iteration)
+            row |= {"time/target": learned - started, "time/update": updated - learned}
+            row |= {"iteration": float(iteration), "time/iteration": time.monotonic() - started}
+            with parts.phases.during("checkpoint"):
+                checkpoint.save(folder.checkpoints, parts, config, target, row)
+            metrics.append(folder.metrics_file, row)
+            folder.write_status(
+                "running", iteration=iteration, last_checkpoint=f"iteration_{iteration:04d}"
+            )
         release_freed()
-        folder.write_status(
-            "running", iteration=iteration, last_checkpoint=f"iteration_{iteration:04d}"
-        )
         display.iteration(iteration, last, row)
-    return _finish(parts, config, folder, base)
+    # R of the final LLM, for guided decoding and the measurements.
+    placement.start(parts, config, parts.llm.frozen(), last + 1).wait()
+    return _finish(parts, config, folder, base, placement)
 
 
-def _update(parts: Parts, target: Target, config: Config, iteration: int) -> dict[str, float]:
+def continue_from_newest(
+    parts: Parts, config: Config, folder: RunFolder
+) -> tuple[int, Target | None]:
+    """The last finished iteration and its target, from the newest checkpoint that is whole.
+
+    Raises:
+        CheckpointError: when iterations are finished and no checkpoint is whole: a run is never
+            begun again in silence.
+    """
+    name = None
+    if parts.everyone.leads:
+        found, faults = checkpoint.newest(folder.checkpoints)
+        for fault in faults:
+            parts.display.note(f"checkpoint passed over: {fault}")
+        if found is None and (faults or folder.status().get("iteration", 0) > 0):
+            raise CheckpointError(
+                f"{folder.checkpoints} holds no whole checkpoint, so {folder.path} cannot be "
+                "continued; --clean deletes the run and starts it again"
+            )
+        name = None if found is None else found.name
+    _, told = unpack(parts.everyone.tell(pack({}, name)))
+    if told is None:
+        return 0, None
+    chosen = folder.checkpoints / str(told)
+    done, target, row = checkpoint.restore(chosen, parts, config)
+    if parts.everyone.leads and done > 0:
+        for note in checkpoint.differences(chosen, parts):
+            parts.display.note(note)
+        parts.display.note(f"continuing after iteration {done}, from {chosen.name}")
+        # The process may have been killed between saving and this.
+        if done not in {past["iteration"] for past in metrics.read(folder.metrics_file)}:
+            metrics.append(folder.metrics_file, row)
+    return done, target
+
+
+def _divide(parts: Parts, config: Config) -> Peers:
+    """Give this rank its side of the work."""
+    peers = Peers(parts.everyone, config.placement.peers)
+    parts.world = peers.side
+    if config.trainer.schedule == "alternating":
+        parts.display.note(
+            "placement=peers with trainer=alternating: each side waits while the other works; "
+            "trainer=overlapped lets both work at once"
+        )
+    return peers
+
+
+def _update(
+    parts: Parts, target: Target, config: Config, folder: RunFolder, iteration: int
+) -> dict[str, float]:
     """Stage 2, with the reference that the configuration asks for."""
     lag = iteration - target.iteration
+    stale = config.trainer.schedule == "overlapped" and iteration > 1
+    assert lag == (1 if stale else 0), f"iteration {iteration} reads target {target.iteration}"
+    versions = {
+        "target/lag": float(lag),
+        "version/llm": iteration - 1.0,
+        "version/auxiliary": float(target.iteration),
+        "version/data": float(target.rollouts.iteration),
+    }
+    if not target.usable:
+        for _ in range(config.trainer.steps_per_iteration):
+            parts.optimization.pass_step()
+        return versions | {"update/skipped_steps": float(config.trainer.steps_per_iteration)}
     if config.trainer.reference == "fresh":
         with parts.phases.during("reference"):
-            rows_N = rows_after_first_step(target, config, iteration)
+            rows_N = rows_after_first_step(target, config, iteration, parts.world)
             target = target.with_reference(parts.llm.frozen(), rows_N)
     with parts.phases.during("update"):
-        row = update_llm(parts, target, config, iteration)
-    return row | {"target/lag": float(lag)}
+        try:
+            row = update_llm(parts, target, config, iteration)
+            parts.faults = 0 if row["update/skipped_steps"] == 0 else parts.faults
+        except DivergedError as error:
+            if config.guard.on_failure != "rollback":
+                raise
+            parts.tolerate(str(error), config.guard, f"iteration {iteration} changes nothing")
+            checkpoint.restore_llm(folder.checkpoint(iteration - 1), parts)
+            for _ in range(config.trainer.steps_per_iteration):
+                parts.optimization.pass_step()
+            row = {"update/rolled_back": 1.0}
+    return row | versions
 
 
-def _restore(parts: Parts, config: Config, folder: RunFolder) -> tuple[int, Target | None]:
-    """The last finished iteration and its target, from the newest checkpoint that is whole."""
-    found, faults = checkpoint.newest(folder.checkpoints)
-    for fault in faults:
-        parts.display.note(f"checkpoint passed over: {fault}")
-    if found is None:
-        return 0, None
-    done, reference = checkpoint.restore(found, parts)
-    parts.display.note(f"continuing after iteration {done}, from {found.name}")
-    target = build_target(parts.replay[0], parts.auxiliary.frozen(), reference.head, config)
-    return done, replace(target, reference=reference)
-
-
-def _finish(parts: Parts, config: Config, folder: RunFolder, base: Evaluation) -> list[Evaluation]:
-    """Fit R to the final LLM, export both, measure, compare."""
-    final = parts.llm.frozen()
-    learn_auxiliary(parts, config, final, config.trainer.iterations + 1)
-    parts.display.phase("writing the final model", 1)
-    with parts.phases.during("checkpoint"):
-        export(parts.llm, folder.final_llm, folder.final_adapter)
-        parts.auxiliary.frozen().save(folder.final_auxiliary)
+def _rehearse(parts: Parts, config: Config, folder: RunFolder) -> None:
+    """Save, export and read both back before the first step: what fails then, fails now."""
+    if not parts.everyone.leads:
+        return
+    parts.display.phase("rehearsing the checkpoint and the export", 1)
+    with parts.phases.during("rehearsal"):
+        saved = checkpoint.save(folder.checkpoints, parts, config, None, {"iteration": 0.0})
+        checkpoint.restore(saved, parts, config)
+        rehearse_export(parts.llm, folder.rehearsal)
     parts.display.advance()
+
+
+def _finish(
+    parts: Parts,
+    config: Config,
+    folder: RunFolder,
+    base: Evaluation,
+    placement: Inline | Peers,
+) -> list[Evaluation]:
+    """Export the LLM and R, measure, compare."""
+    final = parts.llm.frozen()
+    if parts.everyone.leads:
+        parts.display.phase("writing the final model", 1)
+        with parts.phases.during("checkpoint"):
+            export(parts.llm, folder.final_llm, folder.final_adapter)
+            parts.auxiliary.frozen().save(folder.final_auxiliary)
+        parts.display.advance()
     release_freed()
+    parts.world = parts.everyone
     with parts.phases.during("evaluation"):
         before = load_base(parts.llm, precision=config.trainer.precision)
         tuned = evaluate_held_out(parts, config, final, "tuned", before)
     evaluations = [base, tuned]
-    evaluate.save(folder.evaluation_file, evaluations, config)
+    if parts.everyone.leads:
+        evaluate.save(folder.evaluation_file, evaluations, config)
     parts.display.table("Held-out prompts and text", *evaluate.table(evaluations))
     _say_where_time_went(parts, folder)
+    if isinstance(placement, Peers) and not placement.learns:
+        parts.display.note(placement.advice())
     return evaluations
 
 
@@ -132,6 +226,7 @@ def _say_where_time_went(parts: Parts, folder: RunFolder) -> None:
     """Phases and memory of this process, to the person and to the run folder."""
     spent, peak = parts.phases.spent(), peak_memory(parts.llm.device)
     memory = {"peak_bytes": peak, "estimated_bytes": parts.memory_estimate}
-    phases.save(folder.phases_file, spent, memory)
+    if parts.everyone.leads:
+        phases.save(folder.phases_file, spent, memory)
     parts.display.table("Where the time went", *phases.table(spent))
     parts.display.note(memory_line(peak, parts.memory_estimate))

@@ -376,7 +376,7 @@ def step_rows(_: str | None) -> list[Ratio]:
     def ours() -> None:
         parts.optimization.optimizer.zero_grad()
         with parts.llm.training():
-            backward_of_step(parts.llm, target, rows, [batch], config.trainer, prompts)
+            backward_of_step(parts.llm, target, rows, [[batch]], config.trainer, prompts)
         parts.optimization.optimizer.step()
 
     slots = parts.llm.slots

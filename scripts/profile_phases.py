@@ -47,7 +47,7 @@ def main() -> None:
     def step() -> None:
         parts.optimization.optimizer.zero_grad()
         with parts.llm.training():
-            backward_of_step(parts.llm, target, rows_N, [batch], config.trainer, len(rows_N))
+            backward_of_step(parts.llm, target, rows_N, [[batch]], config.trainer, len(rows_N))
         parts.optimization.optimizer.step()
 
     show(f"update, {len(rows_N)} rollouts and {len(batch)} corpus rows", step)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from constrained_ft.compose import compose
 from constrained_ft.config import Config, LoraConfig
-from constrained_ft.distributed import StopRequest
+from constrained_ft.distributed import StopRequest, World
 from constrained_ft.llm import LLM
 from constrained_ft.loading import load_llm
 from constrained_ft.parts import Parts, build_parts
@@ -41,8 +41,8 @@ def small_config(*overrides: str, lora: bool = False) -> Config:
     return config.model_copy(update={"llm": llm})
 
 
-def small_parts(config: Config) -> Parts:
-    return build_parts(config, Silent(), StopRequest())
+def small_parts(config: Config, world: World | None = None) -> Parts:
+    return build_parts(config, Silent(), StopRequest(), world=world)
 
 
 def run(config: Config, path: Path) -> RunFolder:

@@ -64,7 +64,8 @@ def step(
     """Gradients and numbers of one step on the first so many rollouts."""
     prompts = float(target.share_N[:rows].sum())
     live = config.reference == "live"
-    numbers = backward_of_step(llm, target, torch.arange(rows), batches, config, prompts, live=live)
+    every = torch.arange(rows)
+    numbers = backward_of_step(llm, target, every, [batches], config, prompts, live=live)
     return gradients(llm), numbers
 
 
@@ -205,7 +206,7 @@ def test_padding_and_prompts_get_no_gradient() -> None:
     lengths_N = target.rollouts.mask_NT.sum(-1)
     assert set(lengths_N.tolist()) == {1, 2}
     for n in range(len(lengths_N)):
-        backward_of_step(parts.llm, target, torch.tensor([n]), [], alone, 1.0)
+        backward_of_step(parts.llm, target, torch.tensor([n]), [[]], alone, 1.0)
         got = gradients(parts.llm)["table.logits.weight"].abs().sum(-1).nonzero()[:, 0].tolist()
         prefixes = [0, 1 + int(target.rollouts.ids_NT[n, 0])][: int(lengths_N[n])]
         assert got == [p for p, w in zip(prefixes, target.weights_NT[n], strict=False) if w > 0]
@@ -259,7 +260,7 @@ def test_reading_some_rollouts_leaves_the_expected_gradient_and_what_lambda_mean
 
     def gradient(target: Target) -> Tensor:
         every = torch.arange(len(target.rollouts.texts))
-        backward_of_step(parts.llm, target, every, [rows], alone, float(target.num_prompts))
+        backward_of_step(parts.llm, target, every, [[rows]], alone, float(target.num_prompts))
         return gradients(parts.llm)["table.logits.weight"]
 
     exact, sums = gradient(whole), torch.zeros(())

@@ -31,10 +31,12 @@ from constrained_ft.loading import (
     plain_config,
 )
 from constrained_ft.packing import pad_right
+from constrained_ft.run_folder import RunFolder
 from constrained_ft.target import learn_target
 from constrained_ft.tiny import byte_tokenizer, tiny_model
 from constrained_ft.train import _update
 
+NOWHERE = RunFolder(Path("nowhere"))
 TEXTS = ["the cat", "a", "some longer text that goes on"]
 SEQUENCES = [list(prompt(text).token_ids) for text in TEXTS]
 IDS, LENGTHS = pad_right(SEQUENCES, 0, torch.device("cpu"))
@@ -72,8 +74,8 @@ def test_training_moves_the_llm_alone_and_the_export_is_what_was_trained(
     close(logits(reference), base)
     target = learn_target(parts, config, reference, 1)
     before = logits(reference)
-    _update(parts, target, config, 1)
-    _update(parts, target, config, 2)
+    _update(parts, target, config, NOWHERE, 1)
+    _update(parts, learn_target(parts, config, parts.llm.frozen(), 2), config, NOWHERE, 2)
 
     assert torch.equal(logits(reference), before)
     trained = logits(parts.llm)

@@ -56,7 +56,7 @@ def test_a_run_says_where_its_time_and_memory_went(tmp_path: Path) -> None:
     folder = run(small_config("trainer=overlapped"), tmp_path / "run")
     written = json.loads(folder.phases_file.read_text())
     times = written["phases"]
-    names = ["evaluation", "sampling", "scoring", "auxiliary", "target", "reference"]
+    names = ["evaluation", "rehearsal", "sampling", "scoring", "auxiliary", "target", "reference"]
     assert list(times) == [*names, "update", "samples", "checkpoint", "idle"]
     rollouts = [
         json.loads(line)

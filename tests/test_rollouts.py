@@ -22,12 +22,13 @@ from constrained_ft.config import (
     SamplerConfig,
 )
 from constrained_ft.decoding import Guide, decode, inverse_cdf, truncate
-from constrained_ft.distributed import StopRequest, generator_for
+from constrained_ft.distributed import StopRequest
 from constrained_ft.errors import Interrupted
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.loading import load_frozen
 from constrained_ft.progress import Silent
 from constrained_ft.prompts import Prompt
+from constrained_ft.randomness import generator_for
 from constrained_ft.resources import resolve_model
 from constrained_ft.rollouts import Rollouts, completion_hidden_states, label, sample
 from constrained_ft.scorers import build_scorer

@@ -35,7 +35,8 @@ def test_a_start_writes_what_is_needed_to_get_the_run_again(tmp_path: Path) -> N
     assert environment["versions"]["torch"]
     assert environment["versions"]["constrained-ft"]
     assert folder.status() | {"state": "running", "iteration": 0, "attempt": 1} == folder.status()
-    assert not [file for file in path.iterdir() if file.name.startswith(".")]
+    hidden = [file.name for file in path.iterdir() if file.name.startswith(".")]
+    assert hidden == [".lock"]
 
 
 def test_the_paths_are_those_that_users_are_told(tmp_path: Path) -> None:

@@ -8,13 +8,15 @@ import torch
 from small import run, small_config, small_parts
 from torch import Tensor
 
-from constrained_ft import metrics
+from constrained_ft import metrics, placement
 from constrained_ft import train as loop
 from constrained_ft.finetune import rows_after_first_step
 from constrained_ft.fused import fused_losses
+from constrained_ft.run_folder import RunFolder
 from constrained_ft.target import Target, learn_target
 from constrained_ft.train import update_llm
 
+NOWHERE = RunFolder(Path("nowhere"))
 NO_UPDATE = {
     "update/ce": 0.0,
     "update/kl": 0.0,
@@ -22,6 +24,7 @@ NO_UPDATE = {
     "update/loss": 0.0,
     "update/grad_norm": 0.0,
     "update/learning_rate": 0.0,
+    "update/skipped_steps": 0.0,
 }
 
 
@@ -40,7 +43,7 @@ class Watch:
             self.used.append(target)
             return update_llm(parts, target, *rest) if updates else NO_UPDATE  # type: ignore[arg-type]
 
-        monkeypatch.setattr(loop, "learn_target", learn)
+        monkeypatch.setattr(placement, "learn_target", learn)
         monkeypatch.setattr(loop, "update_llm", update)
 
     def numbers(self) -> tuple[list[int], list[int]]:
@@ -77,12 +80,13 @@ def test_overlapped_without_updates_is_alternating_bit_for_bit(
         monkeypatch.undo()
         watched[schedule, reference] = watch
     alternating = watched["alternating", "fresh"]
-    assert alternating.numbers() == ([1, 2, 3], [1, 2, 3])
+    assert alternating.numbers() == ([1, 2, 3, 4], [1, 2, 3])
     for reference in ("matched", "fresh"):
         overlapped = watched["overlapped", reference]
         # The update of iteration 1 waits; then each reads the target before; no third is learned.
-        assert overlapped.numbers() == ([1, 2], [1, 1, 2])
-        for ours, theirs in zip(overlapped.learned, alternating.learned, strict=False):
+        # The fourth, of the final LLM, is for R alone.
+        assert overlapped.numbers() == ([1, 2, 4], [1, 1, 2])
+        for ours, theirs in zip(overlapped.learned[:2], alternating.learned, strict=False):
             # A fresh reference comes with the update, a matched one is learned.
             assert equal(replace(ours, reference=theirs.reference), theirs)
         for iteration, ours in enumerate(overlapped.used, 1):
@@ -115,7 +119,7 @@ def test_fitting_r_again_and_moving_the_llm_leave_a_target_as_it_was() -> None:
     tilt = target.tilt(*target.rollouts.mask_NT.nonzero(as_tuple=True))
     states = torch.zeros_like(tilt.hidden_MD)
     kl = fused_losses(states, tilt.head, tilt=tilt).kl_M
-    loop._update(parts, target, config, 1)
+    loop._update(parts, target, config, NOWHERE, 1)
     weights = [parameter.clone() for parameter in parts.auxiliary.parameters()]
     learn_target(parts, config, parts.llm.frozen(), 2)
     moved = zip(weights, parts.auxiliary.parameters(), strict=True)
@@ -136,11 +140,11 @@ def test_a_stale_target_gets_the_reference_that_is_asked_for(
     config = small_config("trainer=overlapped", f"trainer.reference={reference}")
     parts = small_parts(config)
     first = learn_target(parts, config, parts.llm.frozen(), 1)
-    loop._update(parts, first, config, 1)
+    loop._update(parts, first, config, NOWHERE, 1)
     now = first.with_reference(parts.llm.frozen(), rows_after_first_step(first, config, 2))
     assert not equal(first, now)
     watch = Watch(monkeypatch, updates=True)
-    assert loop._update(parts, first, config, 2)["target/lag"] == 1
+    assert loop._update(parts, first, config, NOWHERE, 2)["target/lag"] == 1
     assert equal(watch.used[0], now if reference == "fresh" else first)
 
 
@@ -148,7 +152,7 @@ def test_a_fresh_reference_is_the_llm_as_it_stands() -> None:
     config = small_config("trainer.learning_rate=0.05")
     parts = small_parts(config)
     first = learn_target(parts, config, parts.llm.frozen(), 1)
-    loop._update(parts, first, config, 1)
+    loop._update(parts, first, config, NOWHERE, 1)
     fresh = first.with_reference(parts.llm.frozen())
     rollouts = first.rollouts
     for row in range(0, len(rollouts.texts), 7):

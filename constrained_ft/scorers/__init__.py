@@ -16,12 +16,22 @@ from constrained_ft.config import (
 )
 from constrained_ft.errors import ScorerError
 from constrained_ft.scorers.function import FunctionScorer
+from constrained_ft.scorers.ledger import Ledger, RememberingScorer
 from constrained_ft.scorers.letters import LettersScorer
 from constrained_ft.scorers.linear import LinearScorer
-from constrained_ft.scorers.protocol import Score, ScoreFailure, Scorer
+from constrained_ft.scorers.protocol import Score, ScoreFailure, Scorer, wrong_count
 from constrained_ft.scorers.words import WordsScorer, read_words, without
 
-__all__ = ["Score", "ScoreFailure", "Scorer", "build_scorer", "probe", "score_all"]
+__all__ = [
+    "Ledger",
+    "RememberingScorer",
+    "Score",
+    "ScoreFailure",
+    "Scorer",
+    "build_scorer",
+    "probe",
+    "score_all",
+]
 
 _PROBES = ("The weather was", "This is")
 _PROBE_COMPLETIONS = (" fine all day.", " a test.")
@@ -64,10 +74,7 @@ def score_all(scorer: Scorer, prompts: Sequence[str], completions: Sequence[str]
             f"the scorer {scorer.name} failed: {type(error).__name__}: {error}"
         ) from error
     if len(results) != len(completions):
-        raise ScorerError(
-            f"the scorer {scorer.name} gave {len(results)} results for {len(completions)} "
-            "completions; it must give one for each, in order"
-        )
+        raise ScorerError(wrong_count(scorer.name, len(results), len(completions)))
     return [
         _value(scorer, index, completion, result)
         for index, (completion, result) in enumerate(zip(completions, results, strict=True))

@@ -35,3 +35,11 @@ class Scorer(Protocol):
         self, prompts: Sequence[str], completions: Sequence[str]
     ) -> list[Score | ScoreFailure]:
         """One result for each pair, in order; `completions[i]` follows `prompts[i]`."""
+
+
+def wrong_count(name: str, got: int, asked: int) -> str:
+    """What is wrong with so many results."""
+    return (
+        f"the scorer {name} gave {got} results for {asked} completions; it must give one for each, "
+        "in order"
+    )
