@@ -137,6 +137,9 @@ class FunctionScorerConfig(Section):
     path: str = Field(pattern=r"^.+\.py:[A-Za-z_]\w*$")
     """`file.py:function` with the signature `function(prompts, completions) -> list[float]`,
     1 = satisfied."""
+    in_flight: int = Field(default=1, ge=1)
+    """Calls of the function at once. Above 1 each is for one completion, in threads: for functions
+    that wait for a server. The LLM samples on meanwhile, however many there are."""
 
 
 ScorerConfig = Annotated[

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -34,7 +34,7 @@ _POLL_SECONDS = 0.5  # between two looks at what other ranks say, while this one
 _MESSAGE_BYTES = 2**25
 _PAUSE = 0.0002  # between two looks while it waits; grows up to a hundred times that
 
-T = TypeVar("T")
+Shared = TypeVar("Shared", bound=Sequence[Any] | Tensor)
 
 
 def default_device() -> torch.device:
@@ -158,9 +158,9 @@ class World:
                 found[name] = world
         return found
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's part of some work: every size-th item."""
-        return items[self.rank :: self.size]
+    def share(self, items: Shared) -> Shared:
+        """This rank's part of some work, perhaps none: every size-th item, from its rank on."""
+        return items[self.rank :: self.size]  # type: ignore[return-value]  # a slice is of its type
 
     def agree(self) -> None:
         """Wait until all ranks are here.

@@ -222,7 +222,7 @@ def _loss(
     Of several ranks each gets the part of its own rows, None where it has none; the parts add up to
     the loss of the batch.
     """
-    rows_N = torch.arange(world.rank, len(batch), world.size)
+    rows_N = world.share(torch.arange(len(batch)))
     own = batch if world.size == 1 else batch.take(rows_N)
     if len(own) == 0:
         return None

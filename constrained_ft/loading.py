@@ -3,6 +3,7 @@
 import re
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import peft
@@ -147,8 +148,13 @@ def export(llm: LLM, llm_dir: Path, adapter_dir: Path) -> None:
 
 
 @torch.no_grad()
-def rehearse_export(llm: LLM, aside: Path) -> None:
+def rehearse_export(llm: LLM, aside: Path, ids: Sequence[int]) -> None:
     """Export to a folder, read it back as a user would, compare, and delete it.
+
+    Args:
+        llm: before training.
+        aside: the folder.
+        ids: a text of the corpus; on token ids that mean nothing, bfloat16 errs widely.
 
     Raises:
         CheckpointError: when it cannot be written or read, or says something else than the LLM.
@@ -159,13 +165,13 @@ def rehearse_export(llm: LLM, aside: Path) -> None:
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"the model cannot be exported to {aside}: {error}") from error
     else:
-        ids_BL = torch.arange(1, 9)[None] % len(llm.head.weight_VD)
+        ids_BL = torch.tensor([ids])
         theirs_LV = again(input_ids=ids_BL).logits[0]
         lengths_B = torch.tensor([ids_BL.shape[1]], device=llm.device)
         states_BLD = llm.frozen().hidden_states(ids_BL.to(llm.device), lengths_B)
         ours_LV = llm.head(states_BLD[0]).float().cpu()
-        gap = float((ours_LV - theirs_LV).abs().max() / ours_LV.abs().max().clamp_min(1e-6))
-        if not gap < (0.05 if llm.bf16 else 1e-3):
+        gap = float((ours_LV - theirs_LV).norm() / ours_LV.norm().clamp_min(1e-6))
+        if not gap < (0.1 if llm.bf16 else 1e-3):
             raise CheckpointError(
                 f"the exported model says something else than the one in memory (logits differ by "
                 f"{gap:.2g}): {type(llm.module).__name__} does not survive saving"
@@ -218,8 +224,10 @@ def _load_module(config: LLMConfig, dtype: torch.dtype) -> PreTrainedModel:
             revision=config.revision,
             dtype=dtype,
             attn_implementation=_attention(config),
+            use_safetensors=True,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise explain_model_failure(reference, error) from error
     return module
 

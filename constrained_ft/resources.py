@@ -455,15 +455,45 @@ def _check_model_folder(path: Path) -> None:
         else:
             hint = "give a folder written by `save_pretrained`"
         raise ModelError(f"{path} has no config.json: {hint}")
-    if not any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin", "*.index.json")):
-        raise ModelError(f"{path} has a config.json but no weights (*.safetensors)")
+    if not any(path.glob("*.safetensors")):
+        pickles = any(any(path.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt"))
+        raise ModelError(
+            f"{path} has its weights as pickle, which could run code when it is read; where you "
+            "trust them, load them and save them again with `save_pretrained`"
+            if pickles
+            else f"{path} has a config.json but no weights (*.safetensors)"
+        )
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     if not any((path / name).is_file() for name in names):
         raise ModelError(f"{path} has no tokenizer; save it there too: tokenizer.save_pretrained")
+    _check_own_code(path)
+
+
+def _check_own_code(path: Path) -> None:
+    """Refuse folders that would run code of theirs, or read files from elsewhere."""
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        if (path / name).is_file() and "auto_map" in _model_json(path / name):
+            raise ModelError(
+                f"{path / name} names code of its own (auto_map), and no code of a checkpoint is "
+                "run; use a model that transformers knows"
+            )
+    for index in path.glob("*.index.json"):
+        named = _model_json(index).get("weight_map", {})
+        shards = set(named.values()) if isinstance(named, dict) else {str(named)}
+        for shard in sorted(map(str, shards)):
+            if Path(shard).name != shard or not (path / shard).is_file():
+                raise ModelError(
+                    f"{index} names the file {shard!r}, which is not in that folder; files outside "
+                    "of it are not read"
+                )
+
+
+def _model_json(file: Path) -> dict[str, object]:
     try:
-        json.loads((path / "config.json").read_text(encoding="utf-8"))
+        tree = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelError(f"{path / 'config.json'} is not JSON: {one_line(error)}") from error
+        raise ModelError(f"{file} is not JSON: {one_line(error)}") from error
+    return tree if isinstance(tree, dict) else {}
 
 
 if __name__ == "__main__":

@@ -407,7 +407,7 @@ def _prompt_satisfaction(
     rollouts = labeled.rollouts
     counts_S = torch.bincount(rollouts.prompt_N, minlength=len(rollouts.prompts))
     first_S = counts_S.cumsum(0) - counts_S
-    mine_S = torch.arange(world.rank, len(counts_S), world.size, device=first_S.device)
+    mine_S = world.share(torch.arange(len(counts_S), device=first_S.device))
     own_S = first_S[mine_S]
     found = expected_satisfaction(
         auxiliary.table.guidance(

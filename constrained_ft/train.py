@@ -21,6 +21,8 @@ from constrained_ft.run_folder import RunFolder
 from constrained_ft.samples import record_iteration
 from constrained_ft.target import Target
 
+_REHEARSED = 32  # tokens that the exported model is tried out on
+
 
 def train(
     config: Config,
@@ -54,6 +56,8 @@ def train(
     if isinstance(placement, Peers) and placement.learns:
         placement.serve(parts, config, last)
         return _finish(parts, config, folder, base, placement)
+    if target is not None and target.iteration < done:
+        target = None  # that of a run which was to end there and is longer now: two steps too old
     if done == 0:
         _rehearse(parts, config, folder)
     alternating = config.trainer.schedule == "alternating"
@@ -62,16 +66,20 @@ def train(
         # Learn q* from a frozen copy: from here on the LLM may change underneath. What would be
         # learned during the last update, nobody would read.
         pending: Pending
-        if alternating or target is None or iteration < last:
+        waits = alternating or target is None
+        if waits or iteration < last:
             pending = placement.start(parts, config, parts.llm.frozen(), iteration)
         else:
+            assert target is not None
             pending = Done(target)
         learned = time.monotonic()
 
         # The whole difference between the schedules: wait before the LLM update, or after it.
         # The first iteration has no earlier target to use, so it always waits.
-        if alternating or target is None:
+        if waits:
             target = pending.wait()
+        assert target is not None
+        assert iteration - target.iteration == (0 if waits else 1)
 
         row = _update(parts, target, config, folder, iteration)
         updated = time.monotonic()
@@ -148,11 +156,8 @@ def _update(
     parts: Parts, target: Target, config: Config, folder: RunFolder, iteration: int
 ) -> dict[str, float]:
     """Stage 2, with the reference that the configuration asks for."""
-    lag = iteration - target.iteration
-    stale = config.trainer.schedule == "overlapped" and iteration > 1
-    assert lag == (1 if stale else 0), f"iteration {iteration} reads target {target.iteration}"
     versions = {
-        "target/lag": float(lag),
+        "target/lag": float(iteration - target.iteration),
         "version/llm": iteration - 1.0,
         "version/auxiliary": float(target.iteration),
         "version/data": float(target.rollouts.iteration),
@@ -188,7 +193,9 @@ def _rehearse(parts: Parts, config: Config, folder: RunFolder) -> None:
     with parts.phases.during("rehearsal"):
         saved = checkpoint.save(folder.checkpoints, parts, config, None, {"iteration": 0.0})
         checkpoint.restore(saved, parts, config)
-        rehearse_export(parts.llm, folder.rehearsal)
+        rehearse_export(
+            parts.llm, folder.rehearsal, parts.corpus.training[0].token_ids[:_REHEARSED]
+        )
     parts.display.advance()
 
 

@@ -4,8 +4,8 @@
     python scripts/chaos.py kill --count 20    one kind of trouble, as often as asked
     python scripts/chaos.py all                everything, about an hour; docs/reliability.md has it
 
-Every kind prints what it did and ends with exit code 1 where a promise was broken. Runs are compared
-by the SHA-256 of every file of the final models and of the newest checkpoint.
+Every kind prints what it did; the exit code is 1 where a promise was broken. Runs are compared by
+the SHA-256 of every file of the final models and of the newest checkpoint.
 """
 
 import argparse
@@ -37,7 +37,7 @@ SMALL = (
     "evaluation.samples_per_prompt=4",
     "evaluation.max_validation_rows=4",
 )
-SCORER = '''
+SCORER = """
 import json, os, time
 
 def score(prompts, completions):
@@ -46,7 +46,7 @@ def score(prompts, completions):
             file.write(json.dumps(pair) + "\\n")
     time.sleep(float(os.environ.get("CHAOS_LATENCY", "0")))
     return [float(not set("aeio") & set(text)) for text in completions]
-'''
+"""
 KINDS = {
     "alternating": ([], 1),
     "data parallel": ([], 2),
@@ -74,7 +74,11 @@ class Run:
         """Begin it, or continue it where there is something to continue."""
         again = (self.folder / "status.json").exists()
         where = ["--resume", str(self.folder)] if again else [f"output_dir={self.folder}"]
-        overrides = [] if again else [*SMALL, *self.overrides, f"constraint.scorer.path={self._scorer}:score"]
+        overrides = (
+            []
+            if again
+            else [*SMALL, *self.overrides, f"constraint.scorer.path={self._scorer}:score"]
+        )
         self.paid.append(self.folder.with_suffix(f".paid{len(self.paid)}"))
         behind = ["--", *self.extra] if self.extra else []
         self.child = subprocess.Popen(
@@ -234,7 +238,7 @@ def disturbed(place: Path, straight: Run, name: str) -> Run:
 
 
 def kill(place: Path, count: int, kinds: Sequence[str]) -> None:
-    """SIGKILL of all processes at random times, continued each time; the same weights at the end."""
+    """SIGKILL of all processes at random times, continued each time: the same weights."""
     for name in kinds:
         iterations = 6 * count
         straight, expected = undisturbed(place, name, iterations)
@@ -258,8 +262,10 @@ def kill(place: Path, count: int, kinds: Sequence[str]) -> None:
         if run.status()["state"] != "finished":
             run.finish()
         require(run.digest() == expected, f"{name}: other weights after {kills} kills")
-        print(f"kill, {name}: {kills} SIGKILLs, the same to the bit, {run.paid_twice()} scores were "
-              f"in flight and asked for again, finished iterations lost: {lost}")
+        print(
+            f"kill, {name}: {kills} SIGKILLs, the same to the bit, {run.paid_twice()} scores were "
+            f"in flight and asked for again, finished iterations lost: {lost}"
+        )
 
 
 def term(place: Path, count: int, kinds: Sequence[str]) -> None:
@@ -292,8 +298,10 @@ def term(place: Path, count: int, kinds: Sequence[str]) -> None:
             run.finish()
         require(run.digest() == expected, f"{name}: other weights after {signals} signals")
         require(run.paid_twice() == 0, f"{name}: {run.paid_twice()} scores were paid twice")
-        print(f"term, {name}: {signals} signals, exit code 75 each, the same to the bit, no score "
-              f"paid twice, {slowest:.1f} s at most until it had left")
+        print(
+            f"term, {name}: {signals} signals, exit code 75 each, the same to the bit, no score "
+            f"paid twice, {slowest:.1f} s at most until it had left"
+        )
 
 
 def boundaries(place: Path, count: int, kinds: Sequence[str]) -> None:
@@ -332,8 +340,10 @@ def ranks(place: Path, count: int, kinds: Sequence[str]) -> None:
             require(took < 30, f"{name}: {took:.0f} s until all had left")
             require(code == 1 and f"rank {victim}" in said, f"{name}: {code}, {said[-500:]}")
             require(not run.pids(), f"{name}: processes are left")
-            print(f"ranks, {name}: rank {victim} killed, all left after {took:.1f} s: "
-                  f"{str(run.status()['reason']).partition(';')[0]}")
+            print(
+                f"ranks, {name}: rank {victim} killed, all left after {took:.1f} s: "
+                f"{str(run.status()['reason']).partition(';')[0]}"
+            )
             run.finish()
             require(run.digest() == expected, f"{name}: other weights after rank {victim} died")
         again = disturbed(place, straight, f"restart-{name.replace(' ', '-')}")
@@ -363,12 +373,16 @@ def sleeps(place: Path, count: int, kinds: Sequence[str]) -> None:
         helper.mkdir(exist_ok=True)
         (helper / "sitecustomize.py").write_text(_SLEEPS)
         run.finish(PYTHONPATH=str(helper), CHAOS_SEED=str(number))
-        rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()
+        ]
         require([row["target/lag"] for row in rows] == [0.0, *[1.0] * 9], "another lag")
         require(run.digest() == expected, f"other weights with the pauses of seed {number}")
         shutil.rmtree(run.folder)
-    print(f"sleeps, {name}: {count} runs of 10 iterations with pauses of 0 to 0.5 s in every phase: "
-          "the same to the bit, lag 0 in the first iteration and 1 in all others")
+    print(
+        f"sleeps, {name}: {count} runs of 10 iterations with pauses of 0 to 0.5 s in every phase: "
+        "the same to the bit, lag 0 in the first iteration and 1 in all others"
+    )
 
 
 _SLEEPS = '''
@@ -435,11 +449,13 @@ def failpoints(place: Path, count: int, kinds: Sequence[str]) -> None:
         if os.waitstatus_to_exitcode(how) == 0:
             break
         point += 1
-    print(f"failpoints: killed at each of {point} operations of a save; two whole checkpoints, and "
-          "the newest is taken")
+    print(
+        f"failpoints: killed at each of {point} operations of a save; two whole checkpoints, and "
+        "the newest is taken"
+    )
 
 
-def _trained(place: Path, name: str):  # noqa: ANN202
+def _trained(place: Path, name: str):
     """Parts, configuration and target after two iterations, and their folder, in this process."""
     from constrained_ft.compose import compose
     from constrained_ft.distributed import StopRequest
@@ -466,8 +482,8 @@ def _arm(point: int) -> None:
 
     seen = [0]
 
-    def counted(call):  # noqa: ANN001, ANN202
-        def wrapped(*arguments, **named):  # noqa: ANN002, ANN003, ANN202
+    def counted(call):
+        def wrapped(*arguments, **named):
             if seen[0] == point:
                 os.kill(os.getpid(), signal.SIGKILL)
             seen[0] += 1
@@ -577,9 +593,11 @@ def soak(place: Path, count: int, kinds: Sequence[str]) -> None:
     slope = sum((r[0] - mean[0]) * (r[1] - mean[1]) for r in rows)
     slope /= sum((row[0] - mean[0]) ** 2 for row in rows)
     most = max(row[2] for row in rows[:half]), max(row[2] for row in rows[half:])
-    print(f"soak: {count} iterations of smoke, memory grows by {slope:.3f} MB an iteration from the "
-          f"21st on ({rows[0][1]:.0f} to {rows[-1][1]:.0f} MB), at most {most[0]} files open in the "
-          f"first half and {most[1]} in the second")
+    print(
+        f"soak: {count} iterations of smoke, memory grows by {slope:.3f} MB an iteration from the "
+        f"21st on ({rows[0][1]:.0f} to {rows[-1][1]:.0f} MB), at most {most[0]} files open in the "
+        f"first half and {most[1]} in the second"
+    )
     require(slope <= 0.1, f"memory grows by {slope:.3f} MB an iteration")
     require(most[1] <= most[0], "more and more files are open")
 
@@ -599,7 +617,9 @@ SHORT = {"failpoints": 1, "corrupt": 60, "kill": 2, "term": 2, "ranks": 1}
 
 def main() -> int:
     """Cause the trouble that is asked for; the exit code says whether every promise was kept."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("what", choices=[*SCENARIOS, "short", "all"])
     parser.add_argument("--count", type=int, help="how often")
     parser.add_argument("--kind", choices=list(KINDS), help="one kind of run; all otherwise")

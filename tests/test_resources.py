@@ -5,6 +5,7 @@ import http.server
 import json
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from constrained_ft.errors import ConfigError, DataError, ModelError
+from constrained_ft.loading import load_frozen, load_tokenizer, plain_config
 from constrained_ft.resources import (
     cache_dir,
     check_reference,
@@ -275,6 +277,58 @@ def test_what_a_model_folder_lacks_is_named(model_folder: Path, tmp_path: Path) 
     assert "there is no model folder" in refused(tmp_path / "nowhere")
     (tmp_path / "weights.bin").write_text("")
     assert "is a file" in refused(tmp_path / "weights.bin")
+
+
+class Canary:
+    """Leaves a file behind where it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.file),)
+
+
+def test_nothing_in_a_model_folder_can_run_code_or_read_elsewhere(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    def refused(message: str) -> None:
+        config = plain_config(str(model_folder))
+        for attempt in (
+            lambda: resolve_model(str(model_folder), None),
+            lambda: load_tokenizer(config),
+            lambda: load_frozen(config),
+        ):
+            with pytest.raises(ModelError, match=message):
+                attempt()
+        assert not canary.exists()
+
+    canary = tmp_path / "canary"
+    tree = json.loads((model_folder / "config.json").read_text())
+    for name in ("config.json", "tokenizer_config.json"):
+        whole = (model_folder / name).read_text()
+        own = json.loads(whole) | {
+            "auto_map": {"AutoConfig": "evil.Evil", "AutoTokenizer": "evil.E"}
+        }
+        (model_folder / name).write_text(json.dumps(own))
+        (model_folder / "evil.py").write_text(f"import os; os.mkdir({str(canary)!r})")
+        refused(r"names code of its own \(auto_map\)")
+        (model_folder / name).write_text(whole)
+    assert tree == json.loads((model_folder / "config.json").read_text())
+    weights = model_folder / "model.safetensors"
+    for shard in ("../outside.safetensors", "/etc/hostname", "not-there.safetensors"):
+        index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": shard}}
+        (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        refused(r"which is not in that folder")
+    (model_folder / "model.safetensors.index.json").unlink()
+    # A header that says it is 10 GB long.
+    content = weights.read_bytes()
+    weights.write_bytes((10 * 2**30).to_bytes(8, "little") + content[8:])
+    with pytest.raises(ModelError, match=str(model_folder)):
+        load_frozen(plain_config(str(model_folder)))
+    weights.unlink()
+    (model_folder / "pytorch_model.bin").write_bytes(pickle.dumps(Canary(canary)))
+    refused(r"weights as pickle, which could run code")
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):

@@ -53,7 +53,7 @@ def build_scorer(config: ScorerConfig) -> Scorer:
         case LettersScorerConfig():
             return LettersScorer(config.letter, config.at_most)
         case FunctionScorerConfig():
-            return FunctionScorer(config.path)
+            return FunctionScorer(config.path, config.in_flight)
 
 
 def score_all(scorer: Scorer, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:

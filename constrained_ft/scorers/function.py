@@ -6,6 +6,7 @@ import numbers
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -18,7 +19,8 @@ from constrained_ft.scorers.protocol import Score, ScoreFailure
 class FunctionScorer:
     """Calls a function out of a file; the file is run once, when the scorer is built."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, in_flight: int = 1) -> None:
+        self._in_flight = in_flight
         filename, _, function = path.rpartition(":")
         self._file = Path(filename).expanduser().resolve()
         if not self._file.is_file():
@@ -37,6 +39,16 @@ class FunctionScorer:
         self, prompts: Sequence[str], completions: Sequence[str]
     ) -> list[Score | ScoreFailure]:
         """What the function gives; where it gives no number, why."""
+        if self._in_flight == 1 or len(completions) < 2:
+            return self._ask(prompts, completions)
+        with ThreadPoolExecutor(self._in_flight) as threads:
+            pairs = zip(prompts, completions, strict=True)
+            found = threads.map(lambda pair: self._ask([pair[0]], [pair[1]]), pairs)
+            return [result for one in found for result in one]
+
+    def _ask(
+        self, prompts: Sequence[str], completions: Sequence[str]
+    ) -> list[Score | ScoreFailure]:
         try:
             results = self._function(list(prompts), list(completions))
         except Exception as error:

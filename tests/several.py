@@ -1,0 +1,64 @@
+"""Several processes for tests: a function of a test module, run by ranks that meet over gloo."""
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from constrained_ft.distributed import StopRequest, World, join, leave
+
+PATIENCE = 60.0
+
+
+def together(work: Callable[..., object], size: int, *arguments: object) -> list[Any]:
+    """What `work(world, stop, *arguments)` returns or raises on each rank, by rank."""
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results = context.Queue()
+    ranks = [
+        context.Process(target=_enter, args=(work, rank, size, port, arguments, results))
+        for rank in range(size)
+    ]
+    for process in ranks:
+        process.start()
+    found = dict(results.get(timeout=PATIENCE) for _ in ranks)
+    for process in ranks:
+        process.join(PATIENCE)
+    return [found[rank] for rank in range(size)]
+
+
+def _enter(
+    work: Callable[..., object],
+    rank: int,
+    size: int,
+    port: int,
+    arguments: tuple[Any, ...],
+    results: Any,
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    stop = StopRequest()
+    stop.install()
+    world: World = join(stop, PATIENCE)
+    try:
+        value = work(world, stop, *arguments)
+    except BaseException as error:  # the parent judges it
+        world.announce(error)
+        value = error
+    results.put((rank, value))
+    # The first rank keeps the store: it leaves last.
+    if rank == 0:
+        results.close()
+        results.join_thread()
+    leave()

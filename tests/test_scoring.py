@@ -1,0 +1,228 @@
+"""Scores are asked for while sampling goes on, once each, and survive on disk."""
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from small import run, small_config, small_parts
+
+from constrained_ft.config import FunctionScorerConfig
+from constrained_ft.distributed import StopRequest, World
+from constrained_ft.errors import Interrupted, ScorerError
+from constrained_ft.progress import Silent
+from constrained_ft.rollouts import Rollouts, sample
+from constrained_ft.run_folder import RunFolder
+from constrained_ft.scorers import (
+    Ledger,
+    RememberingScorer,
+    Score,
+    ScoreFailure,
+    build_scorer,
+    score_all,
+)
+from constrained_ft.scoring import Scoring
+from constrained_ft.train import train
+
+
+class Watched:
+    """Scores by length, slowly, and keeps what it was asked and when."""
+
+    def __init__(self, seconds: float = 0.0, version: str = "1") -> None:
+        self.name, self.version = "watched", version
+        self.asked: list[tuple[str, str]] = []
+        self.calls: list[tuple[float, float, int]] = []
+        self._seconds = seconds
+
+    def score(
+        self, prompts: Sequence[str], completions: Sequence[str]
+    ) -> list[Score | ScoreFailure]:
+        begun = time.monotonic()
+        time.sleep(self._seconds)
+        self.asked += zip(prompts, completions, strict=True)
+        self.calls.append((begun, time.monotonic(), threading.get_ident()))
+        return [
+            ScoreFailure("no") if text == "bad" else Score(1 / (1 + len(text)))
+            for text in completions
+        ]
+
+
+# The ledger --------------------------------------------------------------------------------------
+
+
+def test_a_text_is_asked_for_once_also_after_a_restart(tmp_path: Path) -> None:
+    inner = Watched()
+    scorer = RememberingScorer(inner, Ledger(tmp_path, 0))
+    first = score_all(scorer, ["p", "p", "q", "p"], ["a", "bb", "a", "a"])
+    assert first == [0.5, 1 / 3, 0.5, 0.5]
+    assert inner.asked == [("p", "a"), ("p", "bb"), ("q", "a")]
+    again = Watched()
+    # Another rank reads what the first one paid for.
+    scorer = RememberingScorer(again, Ledger(tmp_path, 1))
+    assert score_all(scorer, ["q", "p", "p"], ["a", "ccc", "bb"]) == [0.5, 0.25, 1 / 3]
+    assert again.asked == [("p", "ccc")]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["rank_0.jsonl", "rank_1.jsonl"]
+
+
+def test_another_version_of_the_scorer_is_asked_again(tmp_path: Path) -> None:
+    score_all(RememberingScorer(Watched(), Ledger(tmp_path, 0)), ["p"], ["a"])
+    other = Watched(version="2")
+    score_all(RememberingScorer(other, Ledger(tmp_path, 0)), ["p"], ["a"])
+    assert other.asked == [("p", "a")]
+
+
+def test_a_failed_score_is_not_kept(tmp_path: Path) -> None:
+    scorer = RememberingScorer(Watched(), Ledger(tmp_path, 0))
+    with pytest.raises(ScorerError, match="gave no score for sample 1"):
+        score_all(scorer, ["p", "p"], ["a", "bad"])
+    again = Watched()
+    scorer = RememberingScorer(again, Ledger(tmp_path, 0))
+    with pytest.raises(ScorerError, match="gave no score"):
+        score_all(scorer, ["p", "p"], ["a", "bad"])
+    assert again.asked == [("p", "bad")]
+
+
+def test_a_row_that_was_cut_costs_that_score_and_no_other(tmp_path: Path) -> None:
+    scorer = RememberingScorer(Watched(), Ledger(tmp_path, 0))
+    score_all(scorer, ["p", "p"], ["a", "bb"])
+    file = tmp_path / "rank_0.jsonl"
+    file.write_bytes(file.read_bytes()[:-7])
+    again = Watched()
+    scorer = RememberingScorer(again, Ledger(tmp_path, 0))
+    assert score_all(scorer, ["p", "p"], ["a", "bb"]) == [0.5, 1 / 3]
+    assert again.asked == [("p", "bb")]
+    last = Watched()
+    score_all(RememberingScorer(last, Ledger(tmp_path, 0)), ["p", "p"], ["a", "bb"])
+    assert last.asked == []
+
+
+def test_a_wrong_number_of_results_is_said_and_not_kept(tmp_path: Path) -> None:
+    class Short(Watched):
+        def score(
+            self, prompts: Sequence[str], completions: Sequence[str]
+        ) -> list[Score | ScoreFailure]:
+            return super().score(prompts, completions)[:-1]
+
+    with pytest.raises(ScorerError, match="gave 1 results for 2 completions"):
+        score_all(RememberingScorer(Short(), Ledger(tmp_path, 0)), ["p", "p"], ["a", "bb"])
+    assert not list(tmp_path.iterdir())
+
+
+# Meanwhile ---------------------------------------------------------------------------------------
+
+
+def sampled(scorer: Watched, stop: StopRequest | None = None) -> tuple[Rollouts, list[float]]:
+    config = small_config("sampler.batch_size=4")
+    parts = small_parts(config)
+    with Scoring([scorer], World.alone()) as scoring:
+        rollouts = sample(
+            parts.llm.frozen(),
+            parts.prompts.of_iteration(1, 10, 0),
+            samples_per_prompt=4,
+            max_new_tokens=8,
+            sampler=config.sampler,
+            seed=0,
+            iteration=1,
+            display=Silent(),
+            stop=stop or StopRequest(),
+            each=scoring.begin,
+        )
+        scorer.sampled_at = time.monotonic()  # type: ignore[attr-defined]
+        (scores,) = scoring.finish(rollouts)
+    return rollouts, scores
+
+
+def test_scores_are_those_of_the_texts_whatever_the_batches() -> None:
+    rollouts, scores = sampled(Watched())
+    assert scores == [1 / (1 + len(text)) for text in rollouts.texts]
+
+
+def test_scoring_begins_while_sampling_goes_on_in_one_thread() -> None:
+    scorer = Watched(seconds=0.002)
+    sampled(scorer)
+    assert len(scorer.calls) == 10
+    assert scorer.calls[0][0] < scorer.sampled_at  # type: ignore[attr-defined]
+    assert {thread for *_, thread in scorer.calls}.isdisjoint({threading.get_ident()})
+    assert len({thread for *_, thread in scorer.calls}) == 1
+
+
+def test_an_error_of_the_scorer_is_raised_here() -> None:
+    class Failing(Watched):
+        def score(
+            self, prompts: Sequence[str], completions: Sequence[str]
+        ) -> list[Score | ScoreFailure]:
+            raise ValueError("down")
+
+    with pytest.raises(ScorerError, match="the scorer watched failed: ValueError: down"):
+        sampled(Failing())
+
+
+def test_leaving_early_waits_for_the_call_that_has_begun_and_no_other() -> None:
+    class Stopped(StopRequest):
+        def __init__(self) -> None:
+            super().__init__()
+            self.polls = 0
+
+        def check(self) -> None:
+            self.polls += 1
+            if self.polls > 5:
+                raise Interrupted("stopped by a test")
+
+    scorer = Watched(seconds=0.3)
+    with pytest.raises(Interrupted):
+        sampled(scorer, Stopped())
+    assert 1 <= len(scorer.calls) <= 2
+
+
+def test_a_function_may_be_asked_for_many_completions_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "slow.py"
+    file.write_text(
+        "import time\n"
+        "def score(prompts, completions):\n"
+        "    assert len(prompts) == len(completions) == 1\n"
+        "    time.sleep(0.1)\n"
+        "    return [1 / (1 + len(completions[0]))]\n"
+    )
+    path = f"{file}:score"
+    scorer = build_scorer(FunctionScorerConfig(kind="function", path=path, in_flight=20))
+    texts = ["x" * n for n in range(40)]
+    begun = time.monotonic()
+    assert score_all(scorer, ["p"] * 40, texts) == [1 / (1 + n) for n in range(40)]
+    assert time.monotonic() - begun < 2  # 4 when asked one after the other
+
+
+def test_a_run_that_is_stopped_and_continued_pays_once(tmp_path: Path) -> None:
+    file = tmp_path / "paid.py"
+    file.write_text(
+        f"LOG = {str(tmp_path / 'log')!r}\n"
+        "def score(prompts, completions):\n"
+        "    with open(LOG, 'a') as log:\n"
+        "        log.writelines(repr(pair) + '\\n' for pair in zip(prompts, completions))\n"
+        "    return [float('a' not in text) for text in completions]\n"
+    )
+    config = small_config("constraint=function", f"constraint.scorer.path={file}:score")
+
+    class StopInFit(StopRequest):
+        polls = 0
+
+        def check(self) -> None:
+            self.polls += 1
+            if self.polls == 20:
+                raise Interrupted("stopped by a test")
+
+    folder = RunFolder(tmp_path / "run").start(config, ["cft", "train"])
+    with pytest.raises(Interrupted):
+        train(config, folder, Silent(), StopInFit())
+    folder.close()
+    folder = RunFolder(tmp_path / "run").resume(config, ["cft", "train"])
+    train(config, folder, Silent(), StopRequest())
+    folder.close()
+    asked = (tmp_path / "log").read_text().splitlines()
+    twice = {line for line in asked if asked.count(line) > 1}
+    assert twice <= {"('The weather was', ' fine all day.')", "('This is', ' a test.')"}
+    straight = run(config.model_copy(update={"output_dir": "x"}), tmp_path / "straight")
+    ours = sorted(path.name for path in (tmp_path / "run" / "rollouts").iterdir())
+    for name in ours:
+        mine = (tmp_path / "run" / "rollouts" / name).read_text()
+        assert mine == (straight.path / "rollouts" / name).read_text()
