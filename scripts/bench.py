@@ -19,10 +19,12 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,9 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM  # noqa:
 
 from constrained_ft import equations  # noqa: E402
 from constrained_ft.compose import compose  # noqa: E402
-from constrained_ft.config import Config  # noqa: E402
+from constrained_ft.config import Config, FunctionScorerConfig  # noqa: E402
 from constrained_ft.decoding import decode  # noqa: E402
-from constrained_ft.distributed import StopRequest, default_device  # noqa: E402
+from constrained_ft.distributed import StopRequest, World, default_device  # noqa: E402
 from constrained_ft.finetune import backward_of_step, update_llm  # noqa: E402
 from constrained_ft.fused import Head, Tilt, chunk_rows_for, fused_losses  # noqa: E402
 from constrained_ft.llm import LLM  # noqa: E402
@@ -47,6 +49,9 @@ from constrained_ft.memory import held_memory, peak_during  # noqa: E402
 from constrained_ft.optimization import build_optimization  # noqa: E402
 from constrained_ft.parts import Parts, build_parts  # noqa: E402
 from constrained_ft.progress import Silent  # noqa: E402
+from constrained_ft.rollouts import sample  # noqa: E402
+from constrained_ft.scorers import build_scorer  # noqa: E402
+from constrained_ft.scoring import Scoring  # noqa: E402
 from constrained_ft.target import Target, learn_target  # noqa: E402
 
 ROUNDS = 5
@@ -75,7 +80,9 @@ class Ratio:
     must: float
     aim: float
     value: Callable[[], float] | None = None
-    """Where it is no ratio of times."""
+    """Where it is no ratio of times, or runs processes of its own."""
+    own_load: bool = False
+    """Whether what loads the machine is what is measured."""
 
 
 def main() -> None:
@@ -131,7 +138,8 @@ def measure(ratio: Ratio, shape: str | None) -> dict[str, Any]:
     load = max(load, os.getloadavg()[0])
     return row | {
         # A neighbour that runs all the while leaves no drift.
-        "rejected": drift > LARGEST_DRIFT or load > torch.get_num_threads() + OTHERS_LOAD,
+        "rejected": drift > LARGEST_DRIFT
+        or (load > torch.get_num_threads() + OTHERS_LOAD and not ratio.own_load),
         "drift": round(drift, 3),
         "gflops": {name: round(value) for name, value in after.items()},
         "load": round(load, 2),
@@ -462,10 +470,113 @@ def plain_fp32(config: Config) -> Config:
     return config.model_copy(update={"llm": plain_config(config.llm.model_name_or_path)})
 
 
+# Overlap: of sampling with scoring, and of both sides of a run.
+
+SLOW_SCORER = """
+import time
+
+def score(prompts, completions):
+    time.sleep(float(open({seconds!r}).read()))
+    return [float("e" not in text) for text in completions]
+"""
+LATENCY, IN_FLIGHT = 0.2, 50
+RUN = ("experiment=smoke", "trainer.iterations=10", "trainer.steps_per_iteration=96")
+
+
+def scoring_rows(_: str | None) -> list[Ratio]:
+    """A scorer that takes its time, asked while sampling goes on."""
+    config = compose([])
+    parts = build_parts(config, Silent(), StopRequest())
+    llm, prompts = parts.llm.frozen(), parts.prompts.training[: 8 * PROMPTS]
+    place = Path(tempfile.mkdtemp(prefix="cft-bench-"))
+    (place / "seconds").write_text(str(LATENCY))
+    (place / "slow.py").write_text(SLOW_SCORER.format(seconds=str(place / "seconds")))
+    path = f"{place / 'slow.py'}:score"
+    scorer = build_scorer(FunctionScorerConfig(kind="function", path=path, in_flight=IN_FLIGHT))
+
+    def sampled(*, scored: bool) -> None:
+        with Scoring([scorer] if scored else [], World.alone()) as scoring:
+            rollouts = sample(
+                llm,
+                prompts,
+                samples_per_prompt=2,
+                max_new_tokens=NEW_TOKENS,
+                sampler=config.sampler,
+                seed=0,
+                iteration=1,
+                display=Silent(),
+                stop=StopRequest(),
+                each=scoring.begin,
+            )
+            scoring.finish(rollouts)
+
+    name = (
+        f"sampling and scoring ({LATENCY:g} s a completion, {IN_FLIGHT} in flight) / sampling alone"
+    )
+    return [
+        Ratio(
+            name=name,
+            ours=lambda: sampled(scored=True),
+            theirs=lambda: sampled(scored=False),
+            must=1.15,
+            aim=1.08,
+        )
+    ]
+
+
+def overlap_rows(_: str | None) -> list[Ratio]:
+    """Two processes, of which one learns the target while the other updates the LLM.
+
+    The scorer waits so long that both sides take about the same time; one thread each.
+    """
+    place = Path(tempfile.mkdtemp(prefix="cft-bench-"))
+    (place / "slow.py").write_text(SLOW_SCORER.format(seconds=str(place / "seconds")))
+
+    def run(name: str, seconds: float, *arguments: str) -> dict[str, float]:
+        """Medians over the iterations that are like each other."""
+        (place / "seconds").write_text(str(seconds))
+        folder = place / name
+        command = [sys.executable, "-m", "constrained_ft.cli.main", "-q", "train", *RUN]
+        command += ["constraint=function", f"constraint.scorer.path={place / 'slow.py'}:score"]
+        command += ["sampler.batch_size=512", f"output_dir={folder}", *arguments]
+        one_thread = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
+        subprocess.run(command, check=True, env=one_thread, stdout=subprocess.DEVNULL)
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        names = ("time/target", "time/update", "time/iteration")
+        return {name: statistics.median(row[name] for row in rows[2:-1]) for name in names}
+
+    @lru_cache
+    def measured() -> tuple[dict[str, float], dict[str, float]]:
+        bare = run("bare", 0.0, "--nproc-per-node", "1")
+        wait = max(0.0, bare["time/update"] - bare["time/target"])
+        alone = run("alternating", wait, "--nproc-per-node", "1")
+        peers = ("trainer=overlapped", "placement=peers", "--nproc-per-node", "2")
+        return alone, run("peers", wait, *peers)
+
+    def to_longer() -> float:
+        alone, peers = measured()
+        return peers["time/iteration"] / max(alone["time/target"], alone["time/update"])
+
+    def to_alternating() -> float:
+        alone, peers = measured()
+        return peers["time/iteration"] / alone["time/iteration"]
+
+    what = "iteration, overlapped with a peer"
+    return [
+        Ratio(name=name, ours=None, theirs=None, value=value, must=must, aim=aim, own_load=True)
+        for name, value, must, aim in (
+            (f"{what} / its longer phase alone", to_longer, 1.15, 1.05),
+            (f"{what} / alternating in one process", to_alternating, 1 / 1.3, 0.55),
+        )
+    ]
+
+
 GROUPS: dict[str, Callable[[str | None], list[Ratio]]] = {
     "loss": loss_rows,
     "sampling": sampling_rows,
     "step": step_rows,
+    "scoring": scoring_rows,
+    "overlap": overlap_rows,
 }
 
 
