@@ -127,7 +127,7 @@ def evaluate(  # noqa: PLR0913
     """
     world = world or World.alone()
     scorers = [scorer] if judge is None else [scorer, judge]
-    with Scoring(scorers, world) as scoring:
+    with Scoring(scorers, world, stop) as scoring:
         rollouts = sample(
             llm,
             prompts,

@@ -5,12 +5,14 @@ time of a slow scorer, one that asks a server for instance, passes while the LLM
 """
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 
-from constrained_ft.distributed import World, pack, unpack
+from constrained_ft.distributed import StopRequest, World, pack, unpack
 from constrained_ft.rollouts import Rollouts
 from constrained_ft.scorers import Scorer, score_all
+
+_POLL_SECONDS = 0.2
 
 _Scores = dict[str, list[float]]
 
@@ -18,14 +20,22 @@ _Scores = dict[str, list[float]]
 class Scoring:
     """Scores of one stage's completions.
 
-        with Scoring([scorer], world) as scoring:
+        with Scoring([scorer], world, stop) as scoring:
             rollouts = sample(..., each=scoring.begin)
             (scores,) = scoring.finish(rollouts)
 
     Leaving early drops what has not begun and waits for calls that have: they are paid for.
     """
 
-    def __init__(self, scorers: Sequence[Scorer], world: World) -> None:
+    def __init__(self, scorers: Sequence[Scorer], world: World, stop: StopRequest) -> None:
+        """Start a thread for each scorer.
+
+        Args:
+            scorers: asked about every completion.
+            world: who shares the completions.
+            stop: polled while scores are awaited.
+        """
+        self._stop = stop
         self._scorers = tuple(scorers)
         self._world = world
         self._threads = [ThreadPoolExecutor(1, f"scorer {one.name}") for one in self._scorers]
@@ -62,11 +72,14 @@ class Scoring:
         Raises:
             ScorerError: when a score is missing, not finite, outside [0, 1] or not one for each
                 completion.
+            Interrupted: when asked to stop.
         """
         own: list[_Scores] = []
         for pending in self._pending:
             found: _Scores = {}
             for future in pending:
+                while not wait([future], _POLL_SECONDS).done:
+                    self._stop.check()
                 found |= future.result()
             own.append(found)
         if self._world.size > 1:

@@ -207,7 +207,7 @@ def learn_auxiliary(
         iteration, config.prompts.prompts_per_iteration, config.seed
     )
     display.phase("sampling", len(prompts) * config.prompts.samples_per_prompt)
-    with Scoring([parts.scorer], parts.world) as scoring:
+    with Scoring([parts.scorer], parts.world, stop) as scoring:
         with parts.phases.during("sampling"):
             rollouts = sample(
                 reference,

@@ -495,7 +495,7 @@ def scoring_rows(_: str | None) -> list[Ratio]:
     scorer = build_scorer(FunctionScorerConfig(kind="function", path=path, in_flight=IN_FLIGHT))
 
     def sampled(*, scored: bool) -> None:
-        with Scoring([scorer] if scored else [], World.alone()) as scoring:
+        with Scoring([scorer] if scored else [], World.alone(), StopRequest()) as scoring:
             rollouts = sample(
                 llm,
                 prompts,

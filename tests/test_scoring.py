@@ -115,7 +115,7 @@ def test_a_wrong_number_of_results_is_said_and_not_kept(tmp_path: Path) -> None:
 def sampled(scorer: Watched, stop: StopRequest | None = None) -> tuple[Rollouts, list[float]]:
     config = small_config("sampler.batch_size=4")
     parts = small_parts(config)
-    with Scoring([scorer], World.alone()) as scoring:
+    with Scoring([scorer], World.alone(), stop or StopRequest()) as scoring:
         rollouts = sample(
             parts.llm.frozen(),
             parts.prompts.of_iteration(1, 10, 0),
@@ -173,6 +173,26 @@ def test_leaving_early_waits_for_the_call_that_has_begun_and_no_other() -> None:
     with pytest.raises(Interrupted):
         sampled(scorer, Stopped())
     assert 1 <= len(scorer.calls) <= 2
+
+
+def test_a_stop_is_noticed_while_scores_are_awaited() -> None:
+    class Stopped(StopRequest):
+        late = False
+
+        def check(self) -> None:
+            if self.late:
+                raise Interrupted("stopped by a test")
+
+    stop = Stopped()
+    scorer = Watched(seconds=0.5)
+    rollouts, _ = sampled(Watched())
+    with Scoring([scorer], World.alone(), stop) as scoring:
+        for _ in range(3):
+            scoring.begin(rollouts)
+        stop.late = True
+        with pytest.raises(Interrupted):
+            scoring.finish(rollouts)
+    assert len(scorer.calls) == 1  # the one that had begun is paid for, and kept
 
 
 def test_a_function_may_be_asked_for_many_completions_at_once(tmp_path: Path) -> None:
