@@ -30,6 +30,7 @@ from torch.distributed.rendezvous import rendezvous
 from constrained_ft.errors import CftError, Interrupted, PeerError, error_named
 
 _FAILURE = "failure"
+_GO, _STOP = "go", "stop"
 _POLL_SECONDS = 0.5  # between two looks at what other ranks say, while this one works
 _MESSAGE_BYTES = 2**25
 _PAUSE = 0.0002  # between two looks while it waits; grows up to a hundred times that
@@ -173,40 +174,63 @@ class World:
         links = self._links
         if links is None:
             return
-        links.stop.check()
         self._met += 1
-        place = f"{self._name}/{self._met}"
         try:
-            arrived = links.store.add(place, 1)
-            links.store.set(f"{place}/{self.rank}", "")
-            self._await(links, place, arrived)
-            if self.leads and self._met > 2:  # all have left the last but one
-                old = f"{self._name}/{self._met - 2}"
-                for key in (old, *(f"{old}/{rank}" for rank in range(self.size))):
-                    links.store.delete_key(key)
+            links.stop.check()
+            self._meet(links, f"{self._name}/{self._met}")
         except RuntimeError as error:
             raise PeerError(f"the connection to the other ranks is lost: {error}") from error
 
-    def _await(self, links: _Links, place: str, arrived: int) -> None:
-        started, pause = time.monotonic(), _PAUSE
-        while arrived < self.size:
+    def _meet(self, links: _Links, place: str) -> None:
+        """One word decides for all: `go` of the last to come, or `stop` of one that leaves."""
+        store, verdict = links.store, f"{place}/verdict"
+        store.set(f"{place}/{self.rank}", "")
+        if store.add(place, 1) == self.size:
+            said = store.compare_set(verdict, "", _GO)
+        else:
+            said = self._await(links, place, verdict)
+        if said != _GO.encode():
+            self._await_reason(links)
+        if self.leads and self._met > 2:  # all have left the last but one
+            old = f"{self._name}/{self._met - 2}"
+            for key in (old, f"{old}/verdict", *(f"{old}/{rank}" for rank in range(self.size))):
+                store.delete_key(key)
+
+    def _await(self, links: _Links, place: str, verdict: str) -> bytes:
+        """The verdict; a rank that would leave first asks whether it still may."""
+        store, started, pause = links.store, time.monotonic(), _PAUSE
+        while not store.check([verdict]):
             time.sleep(pause)
             pause = min(pause * 1.2, 100 * _PAUSE)
-            arrived = links.store.add(place, 0)
-            if arrived >= self.size:
-                return
+            try:
+                links.raise_failure()
+                links.stop.check()
+                if time.monotonic() - started > links.timeout:
+                    raise PeerError(self._who_is_missing(links, place))
+            except CftError:
+                if store.compare_set(verdict, "", _STOP) == _GO.encode():
+                    break  # the others are on their way already; the next look will tell again
+                raise
+        return store.get(verdict)
+
+    def _who_is_missing(self, links: _Links, place: str) -> str:
+        missing = [
+            str(self.ranks[rank])
+            for rank in range(self.size)
+            if not links.store.check([f"{place}/{rank}"])
+        ]
+        return (
+            f"rank {', '.join(missing)} did not come within {links.timeout:g} s (placement.timeout)"
+        )
+
+    def _await_reason(self, links: _Links) -> None:
+        """Raise what the rank that left is about to announce."""
+        started = time.monotonic()
+        while time.monotonic() - started < links.timeout:
             links.raise_failure()
             links.stop.check()
-            if time.monotonic() - started > links.timeout:
-                missing = [
-                    str(self.ranks[rank])
-                    for rank in range(self.size)
-                    if not links.store.check([f"{place}/{rank}"])
-                ]
-                raise PeerError(
-                    f"rank {', '.join(missing)} did not come within {links.timeout:g} s "
-                    "(placement.timeout)"
-                )
+            time.sleep(_PAUSE)
+        raise PeerError("another rank left without a word")
 
     def announce(self, error: BaseException) -> None:
         """Tell all other ranks why this one leaves; the first to speak is heard."""

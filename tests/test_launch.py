@@ -141,6 +141,34 @@ def test_peers_give_what_one_process_gives_to_the_last_bit(reference: str, tmp_p
     assert not peers.stderr
 
 
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    constant = ("trainer.lr_scheduler=constant",)
+    for name, iterations in (("straight", 3), ("begun", 2)):
+        ran = cft(
+            *("train", *SMALL, *constant, f"trainer.iterations={iterations}"),
+            f"output_dir={name}",
+            cwd=tmp_path,
+        )
+        assert ran.returncode == 0, ran.stderr
+    half = small_config().trainer.per_device_train_batch_size // 2
+    forked = cft(
+        *("train", "--resume", "begun", "--fork", "trainer.iterations=3", "output_dir=forked"),
+        *(f"trainer.per_device_train_batch_size={half}", "--nproc-per-node", "2"),
+        cwd=tmp_path,
+    )
+    assert forked.returncode == 0, forked.stderr
+    assert "the number of processes was 1 and is 2" in forked.stdout
+    ours, theirs = rows(tmp_path / "forked"), rows(tmp_path / "straight")
+    assert [row["iteration"] for row in ours] == [1, 2, 3]
+    for name in ("update/ce", "update/kl", "rollouts/entropy", "auxiliary/log_loss"):
+        assert ours[2][name] == pytest.approx(theirs[2][name], rel=1e-3), name
+    samples = [
+        (tmp_path / run / "rollouts" / "iteration_0003.jsonl").read_text().splitlines()
+        for run in ("forked", "straight")
+    ]
+    assert samples[0] == samples[1]
+
+
 def test_what_a_rank_cannot_do_ends_all_with_its_exit_code(tmp_path: Path) -> None:
     scorer = tmp_path / "broken.py"
     scorer.write_text(
