@@ -80,8 +80,11 @@ def _complete(
 def _rows(
     parts: Parts, prompts: Sequence[Prompt], texts: Mapping[str, Sequence[str]]
 ) -> list[dict[str, object]]:
-    questions = [prompt.text for prompt in prompts]
-    scores = {name: score_all(parts.scorer, questions, said) for name, said in texts.items()}
+    # One call: a scorer that waits for a server is waited for once.
+    questions = [prompt.text for prompt in prompts] * len(texts)
+    found = score_all(parts.scorer, questions, [text for said in texts.values() for text in said])
+    count = len(prompts)
+    scores = {name: found[i * count : (i + 1) * count] for i, name in enumerate(texts)}
     return [
         {"prompt": prompt.text, "group": prompt.group}
         | {name: said[i] for name, said in texts.items()}

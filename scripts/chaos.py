@@ -582,9 +582,9 @@ def soak(place: Path, count: int, kinds: Sequence[str]) -> None:
             memory = Path(f"/proc/{child.pid}/status").read_text()
             files = len(list(Path(f"/proc/{child.pid}/fd").iterdir()))
             done = len((folder / "metrics.jsonl").read_text().splitlines())
-        except OSError:
+            held = float(memory.partition("VmRSS:")[2].split()[0]) / 1024
+        except (OSError, IndexError):  # not begun yet, or just ended
             continue
-        held = float(memory.partition("VmRSS:")[2].split()[0]) / 1024
         if done > 20:
             rows.append((done, held, files))
     require(child.returncode == 0, f"exit code {child.returncode}")

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +30,7 @@ def together(work: Callable[..., object], size: int, *arguments: object) -> list
     found = dict(results.get(timeout=PATIENCE) for _ in ranks)
     for process in ranks:
         process.join(PATIENCE)
-    return [found[rank] for rank in range(size)]
+    return [pickle.loads(found[rank]) for rank in range(size)]
 
 
 def _enter(
@@ -56,7 +57,8 @@ def _enter(
     except BaseException as error:  # the parent judges it
         world.announce(error)
         value = error
-    results.put((rank, value))
+    # As bytes: torch would share tensors through this process, which is about to end.
+    results.put((rank, pickle.dumps(value)))
     # The first rank keeps the store: it leaves last.
     if rank == 0:
         results.close()
