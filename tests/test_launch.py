@@ -17,11 +17,12 @@ from constrained_ft.cli.worker import Orders
 from constrained_ft.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
+SECRET = "canary-3f9c1e"
 ORDERS = Orders(folder="run", attempt=1, quiet=False, verbose=False, color=True, debug=False)
 
 
 def cft(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = dict(os.environ) | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment = dict(os.environ) | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "API_KEY": SECRET}
     return subprocess.run(
         [sys.executable, "-m", "constrained_ft.cli.main", *arguments],
         cwd=cwd,
@@ -188,6 +189,10 @@ def test_what_a_rank_cannot_do_ends_all_with_its_exit_code(tmp_path: Path) -> No
     assert "a score must lie in [0, 1]" in ran.stderr
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 3)
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert len(files) > 8
+    for text in (ran.stdout, ran.stderr, *(file.read_bytes().decode("latin-1") for file in files)):
+        assert SECRET not in text
 
 
 def test_peers_without_processes_are_refused_before_anything_starts(tmp_path: Path) -> None:
