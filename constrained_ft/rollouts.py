@@ -150,7 +150,7 @@ def sample(  # noqa: PLR0913
         parts.append(_rollouts(llm, batch, found, samples_per_prompt, iteration))
         if each is not None:
             each(parts[-1])
-        display.advance(len(batch) * samples_per_prompt)
+        display.advance(len(batch) * samples_per_prompt * world.size)  # others are about as far
     packets = world.gather(pack_rollouts(parts)) if world.size > 1 else []
     for rank, packet in enumerate(packets):
         if rank != world.rank:
