@@ -52,7 +52,7 @@ KINDS = {
     "data parallel": ([], 2),
     "overlapped peers": (["trainer=overlapped", "placement=peers"], 2),
 }
-PATIENCE = 120.0  # seconds after which something hangs
+PATIENCE = 600.0  # seconds after which something hangs; machines may be busy
 
 
 class Broken(Exception):
@@ -89,6 +89,7 @@ class Run:
             env=dict(os.environ)
             | {"CHAOS_PAID": str(self.paid[-1]), "OMP_NUM_THREADS": "1"}
             | environment,
+            cwd=self.folder.parent,  # a checkout's own folders would hide the installed package
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -573,6 +574,7 @@ def soak(place: Path, count: int, kinds: Sequence[str]) -> None:
             *(sys.executable, "-m", "constrained_ft.cli.main", "train", "experiment=smoke"),
             *(f"output_dir={folder}", f"trainer.iterations={count}"),
         ],
+        cwd=place,
         stdout=subprocess.DEVNULL,
     )
     rows: list[tuple[int, float, int]] = []
