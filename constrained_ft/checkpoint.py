@@ -22,12 +22,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from constrained_ft import metrics
 from constrained_ft.config import Config
+from constrained_ft.distributed import pack, unpack
 from constrained_ft.errors import CheckpointError
 from constrained_ft.fused import Head
 from constrained_ft.optimization import Optimization
 from constrained_ft.parts import Parts
 from constrained_ft.rollouts import labeled_from, labeled_tensors, rollout_facts
+from constrained_ft.run_folder import RunFolder
 from constrained_ft.target import Facts, Reference, Target, build_target
 
 _MANIFEST, _STATE = "manifest.json", "state.json"
@@ -91,6 +94,41 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
             return candidate, faults
         faults.append(f"{candidate.name}: {fault}")
     return None, faults
+
+
+def continue_from_newest(
+    parts: Parts, config: Config, folder: RunFolder
+) -> tuple[int, Target | None]:
+    """The last finished iteration and its target, from the newest checkpoint that is whole.
+
+    Raises:
+        CheckpointError: when iterations are finished and no checkpoint is whole: a run is never
+            begun again in silence.
+    """
+    name = None
+    if parts.everyone.leads:
+        found, faults = newest(folder.checkpoints)
+        for fault in faults:
+            parts.display.note(f"checkpoint passed over: {fault}")
+        if found is None and (faults or folder.status().get("iteration", 0) > 0):
+            raise CheckpointError(
+                f"{folder.checkpoints} holds no whole checkpoint, so {folder.path} cannot be "
+                "continued; --clean deletes the run and starts it again"
+            )
+        name = None if found is None else found.name
+    _, told = unpack(parts.everyone.tell(pack({}, name)))
+    if told is None:
+        return 0, None
+    chosen = folder.checkpoints / str(told)
+    done, target, row = restore(chosen, parts, config)
+    if parts.everyone.leads and done > 0:
+        for note in differences(chosen, parts):
+            parts.display.note(note)
+        parts.display.note(f"continuing after iteration {done}, from {chosen.name}")
+        # The process may have been killed between saving and this.
+        if done not in {past["iteration"] for past in metrics.read(folder.metrics_file)}:
+            metrics.append(folder.metrics_file, row)
+    return done, target
 
 
 def restore(

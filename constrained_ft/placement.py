@@ -161,6 +161,18 @@ class Peers:
         return self._since - before
 
 
+def divide(parts: Parts, config: Config) -> Peers:
+    """Give this rank its side of the work."""
+    peers = Peers(parts.everyone, config.placement.peers)
+    parts.world = peers.side
+    if config.trainer.schedule == "alternating":
+        parts.display.note(
+            "placement=peers with trainer=alternating: each side waits while the other works; "
+            "trainer=overlapped lets both work at once"
+        )
+    return peers
+
+
 class _FromPeers:
     """A target that peers are learning."""
 

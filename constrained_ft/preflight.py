@@ -1,10 +1,11 @@
 """The last look before training: the base model measured, and one panel of what will happen."""
 
-from constrained_ft import evaluate
+from constrained_ft import checkpoint, evaluate
 from constrained_ft.config import Config
 from constrained_ft.distributed import pack, unpack
 from constrained_ft.errors import ScorerError
 from constrained_ft.llm import FrozenLLM
+from constrained_ft.loading import rehearse_export
 from constrained_ft.memory import (
     estimate_memory,
     forget_peak,
@@ -15,6 +16,8 @@ from constrained_ft.memory import (
 from constrained_ft.parts import Parts
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.samples import record_base
+
+_REHEARSED = 32  # tokens that the exported model is tried out on
 
 
 def look_before(parts: Parts, config: Config, folder: RunFolder) -> evaluate.Evaluation:
@@ -32,6 +35,20 @@ def look_before(parts: Parts, config: Config, folder: RunFolder) -> evaluate.Eva
     if parts.everyone.leads:
         record_base(parts, config, folder)
     return base
+
+
+def rehearse(parts: Parts, config: Config, folder: RunFolder) -> None:
+    """Save, export and read both back before the first step: what fails then, fails now."""
+    if not parts.everyone.leads:
+        return
+    parts.display.phase("rehearsing the checkpoint and the export", 1)
+    with parts.phases.during("rehearsal"):
+        saved = checkpoint.save(folder.checkpoints, parts, config, None, {"iteration": 0.0})
+        checkpoint.restore(saved, parts, config)
+        rehearse_export(
+            parts.llm, folder.rehearsal, parts.corpus.training[0].token_ids[:_REHEARSED]
+        )
+    parts.display.advance()
 
 
 def _evaluate_base(parts: Parts, config: Config, folder: RunFolder) -> evaluate.Evaluation:

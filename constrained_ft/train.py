@@ -7,21 +7,19 @@ import time
 
 from constrained_ft import checkpoint, evaluate, metrics, phases
 from constrained_ft.config import Config
-from constrained_ft.distributed import StopRequest, World, pack, unpack
-from constrained_ft.errors import CheckpointError, DivergedError
+from constrained_ft.distributed import StopRequest, World
+from constrained_ft.errors import DivergedError
 from constrained_ft.evaluate import Evaluation
 from constrained_ft.finetune import rows_after_first_step, update_llm
-from constrained_ft.loading import export, load_base, rehearse_export
+from constrained_ft.loading import export, load_base
 from constrained_ft.memory import memory_line, peak_memory, release_freed
 from constrained_ft.parts import Parts, build_parts
-from constrained_ft.placement import Done, Inline, Peers, Pending
-from constrained_ft.preflight import evaluate_held_out, look_before
+from constrained_ft.placement import Done, Inline, Peers, Pending, divide
+from constrained_ft.preflight import evaluate_held_out, look_before, rehearse
 from constrained_ft.progress import Display
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.samples import record_iteration
 from constrained_ft.target import Target
-
-_REHEARSED = 32  # tokens that the exported model is tried out on
 
 
 def train(
@@ -48,10 +46,10 @@ def train(
     """
     world = world or World.alone()
     parts = build_parts(config, display, stop, scores=folder.scores, world=world)
-    placement = Inline() if config.placement.kind == "inline" else _divide(parts, config)
+    placement = Inline() if config.placement.kind == "inline" else divide(parts, config)
     with parts.phases.during("evaluation"):
         base = look_before(parts, config, folder)
-    done, target = continue_from_newest(parts, config, folder)
+    done, target = checkpoint.continue_from_newest(parts, config, folder)
     last = config.trainer.iterations
     if isinstance(placement, Peers) and placement.learns:
         placement.serve(parts, config, last)
@@ -59,7 +57,7 @@ def train(
     if target is not None and target.iteration < done:
         target = None  # that of a run which was to end there and is longer now: two steps too old
     if done == 0:
-        _rehearse(parts, config, folder)
+        rehearse(parts, config, folder)
     alternating = config.trainer.schedule == "alternating"
     for iteration in range(done + 1, last + 1):
         started = time.monotonic()
@@ -105,53 +103,6 @@ def train(
     return _finish(parts, config, folder, base, placement)
 
 
-def continue_from_newest(
-    parts: Parts, config: Config, folder: RunFolder
-) -> tuple[int, Target | None]:
-    """The last finished iteration and its target, from the newest checkpoint that is whole.
-
-    Raises:
-        CheckpointError: when iterations are finished and no checkpoint is whole: a run is never
-            begun again in silence.
-    """
-    name = None
-    if parts.everyone.leads:
-        found, faults = checkpoint.newest(folder.checkpoints)
-        for fault in faults:
-            parts.display.note(f"checkpoint passed over: {fault}")
-        if found is None and (faults or folder.status().get("iteration", 0) > 0):
-            raise CheckpointError(
-                f"{folder.checkpoints} holds no whole checkpoint, so {folder.path} cannot be "
-                "continued; --clean deletes the run and starts it again"
-            )
-        name = None if found is None else found.name
-    _, told = unpack(parts.everyone.tell(pack({}, name)))
-    if told is None:
-        return 0, None
-    chosen = folder.checkpoints / str(told)
-    done, target, row = checkpoint.restore(chosen, parts, config)
-    if parts.everyone.leads and done > 0:
-        for note in checkpoint.differences(chosen, parts):
-            parts.display.note(note)
-        parts.display.note(f"continuing after iteration {done}, from {chosen.name}")
-        # The process may have been killed between saving and this.
-        if done not in {past["iteration"] for past in metrics.read(folder.metrics_file)}:
-            metrics.append(folder.metrics_file, row)
-    return done, target
-
-
-def _divide(parts: Parts, config: Config) -> Peers:
-    """Give this rank its side of the work."""
-    peers = Peers(parts.everyone, config.placement.peers)
-    parts.world = peers.side
-    if config.trainer.schedule == "alternating":
-        parts.display.note(
-            "placement=peers with trainer=alternating: each side waits while the other works; "
-            "trainer=overlapped lets both work at once"
-        )
-    return peers
-
-
 def _update(
     parts: Parts, target: Target, config: Config, folder: RunFolder, iteration: int
 ) -> dict[str, float]:
@@ -183,20 +134,6 @@ def _update(
                 parts.optimization.pass_step()
             row = {"update/rolled_back": 1.0}
     return row | versions
-
-
-def _rehearse(parts: Parts, config: Config, folder: RunFolder) -> None:
-    """Save, export and read both back before the first step: what fails then, fails now."""
-    if not parts.everyone.leads:
-        return
-    parts.display.phase("rehearsing the checkpoint and the export", 1)
-    with parts.phases.during("rehearsal"):
-        saved = checkpoint.save(folder.checkpoints, parts, config, None, {"iteration": 0.0})
-        checkpoint.restore(saved, parts, config)
-        rehearse_export(
-            parts.llm, folder.rehearsal, parts.corpus.training[0].token_ids[:_REHEARSED]
-        )
-    parts.display.advance()
 
 
 def _finish(

@@ -458,12 +458,13 @@ def failpoints(place: Path, count: int, kinds: Sequence[str]) -> None:
 
 def _trained(place: Path, name: str):
     """Parts, configuration and target after two iterations, and their folder, in this process."""
+    from constrained_ft.checkpoint import continue_from_newest
     from constrained_ft.compose import compose
     from constrained_ft.distributed import StopRequest
     from constrained_ft.parts import build_parts
     from constrained_ft.progress import Silent
     from constrained_ft.run_folder import RunFolder
-    from constrained_ft.train import continue_from_newest, train
+    from constrained_ft.train import train
 
     overrides = [one for one in SMALL if not one.startswith("constraint")]
     config = compose([*overrides, "trainer=overlapped", "trainer.iterations=2"])

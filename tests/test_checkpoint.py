@@ -15,13 +15,14 @@ import torch
 from small import run, small_config, small_parts
 
 from constrained_ft import checkpoint
+from constrained_ft.checkpoint import continue_from_newest
 from constrained_ft.config import Config
 from constrained_ft.distributed import StopRequest
 from constrained_ft.errors import CheckpointError
 from constrained_ft.parts import Parts
 from constrained_ft.progress import Silent
 from constrained_ft.run_folder import RunFolder
-from constrained_ft.train import continue_from_newest, train
+from constrained_ft.train import train
 
 
 @pytest.fixture(scope="module")
