@@ -98,7 +98,7 @@ class Several:
         for one in self._displays:
             one.iteration(number, of, numbers)
 
-    def sample(self, prompt: str, before: str, after: str, score: float) -> None:
+    def sample(self, prompt: str, before: str, after: str, score: float | None) -> None:
         """Each shows it."""
         for one in self._displays:
             one.sample(prompt, before, after, score)
@@ -151,12 +151,12 @@ class PlainDisplay:
         """One line when an iteration is finished."""
         self._say(f"iteration {number} of {of} done: {', '.join(_pairs(_headline(numbers)))}")
 
-    def sample(self, prompt: str, before: str, after: str, score: float) -> None:
+    def sample(self, prompt: str, before: str, after: str, score: float | None) -> None:
         """Three lines."""
         self._print(
             f"  prompt  {clean(prompt)}",
             f"  before  {clean(before)}",
-            f"  after   {clean(after)} [{score:.2f}]",
+            f"  after   {clean(after)} [{_score(score)}]",
         )
 
     def note(self, text: str) -> None:
@@ -189,7 +189,7 @@ class TerminalDisplay:
         self._phase, self._done, self._total = "", 0, 0
         self._phase_begun = self._begun
         self._numbers: dict[str, float] = {}
-        self._samples: deque[tuple[str, str, str, float]] = deque(maxlen=_SAMPLES_SHOWN)
+        self._samples: deque[tuple[str, str, str, float | None]] = deque(maxlen=_SAMPLES_SHOWN)
         self._iteration_begun = self._begun
         self._seconds: list[float] = []  # of each iteration seen
         self._finished, self._of = 0, 0
@@ -239,7 +239,7 @@ class TerminalDisplay:
         self._seconds.append(now - self._iteration_begun)
         self._iteration_begun = now
 
-    def sample(self, prompt: str, before: str, after: str, score: float) -> None:
+    def sample(self, prompt: str, before: str, after: str, score: float | None) -> None:
         """The latest few stay in view."""
         self._samples.append((clean(prompt), clean(before), clean(after), score))
 
@@ -344,7 +344,11 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _sample_lines(prompt: str, before: str, after: str, score: float, *, width: int) -> Text:
+def _score(score: float | None) -> str:
+    return "no score" if score is None else f"{score:.2f}"
+
+
+def _sample_lines(prompt: str, before: str, after: str, score: float | None, *, width: int) -> Text:
     """Prompt and both completions, one line each."""
     lines = Text()
     for name, text, style in (
@@ -352,7 +356,7 @@ def _sample_lines(prompt: str, before: str, after: str, score: float, *, width: 
         ("before", before, "dim"),
         ("after", after, ""),
     ):
-        tail = f"  {score:.2f}" if name == "after" else ""
+        tail = f"  {_score(score)}" if name == "after" else ""
         room = width - 9 - len(tail)
         lines.append(f"{name:>6}  ", style="dim")
         shown = Text(text, style=style)

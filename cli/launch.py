@@ -357,8 +357,12 @@ def summary(config: "Config") -> dict[str, str]:
         "prompts": f"{_words(asked)}; {prompts.prompts_per_iteration} x "
         f"{prompts.samples_per_prompt} = {rollouts:,} completions of {prompts.max_new_tokens} "
         "tokens an iteration",
-        "constraint": f"{constraint.scorer.kind}, satisfied at {constraint.satisfied_at:g}, "
-        f"threshold {constraint.threshold:g}, {constraint.labels} labels",
+        "constraint": "; ".join(
+            (f"{name}: " if constraint.terms else "")
+            + f"{term.scorer.kind}, satisfied at {term.satisfied_at:g}, "
+            f"threshold {term.threshold:g}, {term.labels} labels"
+            for name, term in constraint.all_terms().items()
+        ),
         "judge": "none" if judge is None else judge.kind,
         "auxiliary": f"{config.auxiliary.kind}, rank {config.auxiliary.rank}",
         "schedule": f"{trainer.schedule}, {trainer.iterations} iterations x "

@@ -255,6 +255,13 @@ class FrozenAuxiliary:
         evidence: Evidence = self._module(self.table, hidden_NTD, ids_NT, mask_NT)
         return evidence
 
+    @torch.no_grad()
+    def satisfaction(self, rollouts: Rollouts) -> Float[Tensor, "N T"]:
+        """R after each token of some completions."""
+        evidence = self.read(rollouts)
+        logits_NT = self.table.logits_of(evidence.factors_NTR, evidence.offset_NT, rollouts.ids_NT)
+        return logits_NT.sigmoid()
+
     def guide(self) -> Guide:
         """For guided decoding: log R of every next token after the tokens so far."""
 

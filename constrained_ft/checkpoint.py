@@ -29,7 +29,7 @@ from constrained_ft.errors import CheckpointError
 from constrained_ft.fused import Head
 from constrained_ft.optimization import Optimization
 from constrained_ft.parts import Parts
-from constrained_ft.rollouts import labeled_from, labeled_tensors, rollout_facts
+from constrained_ft.rollouts import labeled_facts, labeled_from, labeled_tensors
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.target import Facts, Reference, Target, build_target
 
@@ -154,6 +154,7 @@ def restore(
             for i, facts in enumerate(state["replay"])
         ]
         parts.faults = int(state["faults"])
+        parts.kl_weight = float(state["kl_weight"])
         target = _read_target(checkpoint, state["target"], parts, config)
         return int(state["iteration"]), target, dict(state["row"])
     except (OSError, LookupError, TypeError, RuntimeError, ValueError) as error:
@@ -217,8 +218,9 @@ def _contents(
         files[f"replay_{i}.safetensors"] = labeled_tensors(labeled)
     state: dict[str, Any] = {
         **schedule,
-        "replay": [rollout_facts(labeled.rollouts) for labeled in parts.replay],
+        "replay": [labeled_facts(labeled) for labeled in parts.replay],
         "faults": parts.faults,
+        "kl_weight": parts.kl_weight,
         "target": None,
         "made_with": _made_with(parts),
     }

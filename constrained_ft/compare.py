@@ -20,7 +20,7 @@ from constrained_ft.named_models import ModelSource, base_model, final_model, fi
 from constrained_ft.progress import Display
 from constrained_ft.prompts import Prompt, check_prompt_lengths, load_prompts, read_prompts
 from constrained_ft.run_folder import RunFolder
-from constrained_ft.scorers import build_scorer, probe
+from constrained_ft.scorers import probed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +76,8 @@ def evaluate_command(  # noqa: PLR0913
     for note in _warnings(config, runs, prompts_file):
         display.note(note)
     display.phase("loading", 1)
-    scorer = build_scorer(config.constraint.scorer)
-    probe(scorer)
-    judge = None if config.evaluation.judge is None else build_scorer(config.evaluation.judge)
-    if judge is not None:
-        probe(judge)
+    scorers = [probed(term.scorer) for term in config.constraint.all_terms().values()]
+    judge = None if config.evaluation.judge is None else probed(config.evaluation.judge)
     kept: dict[int, FrozenLLM] = {}
     evaluations: list[Evaluation] = []
     for place, subject in enumerate(subjects):
@@ -98,7 +95,7 @@ def evaluate_command(  # noqa: PLR0913
                 llm,
                 material.prompts,
                 material.validation,
-                scorer,
+                scorers,
                 judge,
                 config,
                 model=subject.name,

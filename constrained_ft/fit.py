@@ -3,7 +3,8 @@
 Shape suffixes:  N rollouts, T completion positions, M rows drawn for the consistency loss,
 V vocabulary.
 
-    loss = binary cross-entropy of R(x, y_<=t) against C(x, y) at every prefix    (Monte-Carlo)
+    loss = binary cross-entropy of R(x, y_<=t) against C(x, y) at every prefix    (Monte-Carlo;
+           with td_lambda below 1, against TD(lambda)'s targets)
          + w_c KL(Bernoulli(Rbar(y_<t)) || Bernoulli(R(y_<t)))                    (consistency)
 
 where Rbar is the one-step expectation of R under the reference, without gradient (NADO, arXiv
@@ -17,7 +18,7 @@ that hurts is stopped by it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,8 @@ class Examples:
     mask_NT: Bool[Tensor, "N T"]
     labels_N: Float[Tensor, " N"]
     weights_N: Float[Tensor, " N"]
+    targets_NT: Float[Tensor, "N T"]
+    """What R is fitted to after each token."""
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -60,6 +63,7 @@ class Examples:
             mask_NT=self.mask_NT[rows],
             labels_N=self.labels_N[rows],
             weights_N=self.weights_N[rows],
+            targets_NT=self.targets_NT[rows],
         )
 
     @classmethod
@@ -74,6 +78,7 @@ class Examples:
             mask_NT=F.pad(rollouts.mask_NT[rows], (0, missing)),
             labels_N=labels_N,
             weights_N=torch.full_like(labels_N, weight),
+            targets_NT=labels_N[:, None].expand(-1, steps),
         )
 
     @classmethod
@@ -85,6 +90,7 @@ class Examples:
             mask_NT=torch.cat([part.mask_NT for part in parts]),
             labels_N=torch.cat([part.labels_N for part in parts]),
             weights_N=torch.cat([part.weights_N for part in parts]),
+            targets_NT=torch.cat([part.targets_NT for part in parts]),
         )
 
 
@@ -124,7 +130,7 @@ def fit_auxiliary(  # noqa: PLR0913
     kept, held_out = [], []
     for part in labeled:
         weight = config.replay_weight ** (newest.rollouts.iteration - part.rollouts.iteration)
-        kept_rows, held_out_rows = _split_by_prompt(part, config, seed)
+        kept_rows, held_out_rows = split_by_prompt(part, config, seed)
         kept.append(Examples.of(part, kept_rows, steps, weight))
         held_out.append(Examples.of(part, held_out_rows, steps, weight))
     training, validation = Examples.joined(kept), Examples.joined(held_out)
@@ -154,6 +160,8 @@ def _descend(  # noqa: PLR0913
     best_state = {name: tensor.clone() for name, tensor in auxiliary.state_dict().items()}
     for epoch in range(1, config.max_epochs + 1):
         stop.check()
+        if config.td_lambda < 1:
+            training = _with_td_targets(auxiliary, head, training, config.td_lambda)
         order, shift = _epoch_order(training, balanced=config.balanced)
         auxiliary.train()
         for rows in order.split(config.batch_size):
@@ -234,9 +242,8 @@ def _loss(
     logits_NT = table.logits_of(evidence.factors_NTR, evidence.offset_NT, ids_NT)
     weights_NT = own.mask_NT * own.weights_N[:, None]
     whole_weight = (batch.mask_NT * batch.weights_N[:, None]).sum()
-    labels_NT = own.labels_N[:, None].expand_as(logits_NT)
     # The shift of balanced batches enters the loss only, so R itself stays calibrated.
-    errors_NT = equations.bernoulli_cross_entropy(labels_NT, logits_NT + shift)
+    errors_NT = equations.bernoulli_cross_entropy(own.targets_NT, logits_NT + shift)
     loss: Tensor = (errors_NT * weights_NT).sum() / whole_weight
     if consistency_weight == 0:
         return loss
@@ -253,6 +260,25 @@ def _loss(
         expected_M, complement_M, logits_NT[rows, columns]
     )
     return loss + consistency_weight * residuals_M.sum() / len(drawn)
+
+
+@torch.no_grad()
+def _with_td_targets(
+    auxiliary: Auxiliary, head: Head, examples: Examples, td_lambda: float
+) -> Examples:
+    """The targets that R as it stands gives, for one epoch."""
+    table = auxiliary.table()
+    evidence = auxiliary(table, examples.hidden_NTD, examples.ids_NT, examples.mask_NT)
+    rows, columns = (examples.mask_NT[:, :-1] & examples.mask_NT[:, 1:]).nonzero(as_tuple=True)
+    expected_NT = torch.zeros_like(examples.mask_NT, dtype=torch.float32)
+    for some in torch.arange(len(rows), device=rows.device).split(_CALIBRATION_ROWS):
+        places = rows[some], columns[some] + 1
+        log_expected_M, _ = _expected(table, evidence, head, examples.hidden_NTD, places)
+        expected_NT[rows[some], columns[some]] = log_expected_M.exp()
+    targets_NT = equations.td_lambda_targets(
+        examples.labels_N, expected_NT, examples.mask_NT, td_lambda
+    )
+    return replace(examples, targets_NT=targets_NT)
 
 
 def _expected(
@@ -281,7 +307,7 @@ _ALONE = World.alone()
 _NO_HEAD = Head(weight_VD=torch.zeros(0, 0), bias_V=None, bf16_valued=False)
 
 
-def _split_by_prompt(
+def split_by_prompt(
     labeled: LabeledRollouts, config: AuxiliaryConfig, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Rows of training and of held-out prompts: rollouts of one prompt are not independent.

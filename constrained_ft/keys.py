@@ -1,5 +1,6 @@
 """Every key of the schema by its dotted path: what it may be, and what it means."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,6 +12,8 @@ ANY_NAME = "<name>"
 """Stands for a name of the user's in a path."""
 
 Tree = dict[str, Any]
+
+_PARTS = "of"  # of a scorer made of scorers
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ def keys_of_schema() -> dict[str, Key]:
 def find_key(path: str) -> Key | None:
     """The key of a dotted path; `<name>` in the schema matches any name."""
     keys = keys_of_schema()
+    path = re.sub(rf"(\.{_PARTS}\.[^.]+)+(?=\.)", "", path)
     if path in keys:
         return keys[path]
     parts = path.split(".")
@@ -100,8 +104,10 @@ def _children(node: Tree) -> dict[str, list[Tree]]:
     for option in _options(node):
         for name, child in option.get("properties", {}).items():
             found.setdefault(name, []).append(child)
-        if isinstance(option.get("additionalProperties"), dict):
-            found.setdefault(ANY_NAME, []).append(option["additionalProperties"])
+        named = [option.get("additionalProperties"), *option.get("patternProperties", {}).values()]
+        for child in named:
+            if isinstance(child, dict):
+                found.setdefault(ANY_NAME, []).append(child)
     return found
 
 
@@ -153,14 +159,18 @@ def _allowed(nodes: Sequence[Tree]) -> str:
     return " or ".join(words)
 
 
-def _walk(nodes: Sequence[Tree], path: str) -> Iterator[Key]:
+def _walk(nodes: Sequence[Tree], path: str, above: str = "") -> Iterator[Key]:
+    """The keys below some nodes; a section that holds itself is not walked again."""
     merged: dict[str, list[Tree]] = {}
-    for node in nodes:
+    # The parts of a scorer are scorers again: their keys stand one level higher already.
+    for node in [] if path.endswith(f".{_PARTS}.{ANY_NAME}") else nodes:
         for name, children in _children(node).items():
             merged.setdefault(name, []).extend(children)
+    doc = above
     if path:
         docs = [_resolved(node).get("description", "") for node in nodes]
         doc = " · ".join(dict.fromkeys(" ".join(d.split()) for d in docs if d))
-        yield Key(path, _allowed(nodes), doc, bool(merged))
+        doc = doc or (above if path.endswith(ANY_NAME) else "")
+        yield Key(path, _allowed(nodes), doc, any(_children(node) for node in nodes))
     for name, children in merged.items():
-        yield from _walk(children, f"{path}.{name}" if path else name)
+        yield from _walk(children, f"{path}.{name}" if path else name, doc)

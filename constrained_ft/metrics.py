@@ -8,6 +8,11 @@ METRICS: dict[str, tuple[str, str]] = {
     "iteration": ("outer iteration, from 1", "count"),
     "rollouts/satisfaction": ("share of this iteration's rollouts that satisfy C", "share"),
     "rollouts/score": ("mean score of this iteration's rollouts", "0 to 1"),
+    "rollouts/missing": ("share of this iteration's rollouts that got no score", "share"),
+    "rollouts/effective_labels": (
+        "(sum of labels)^2 / sum of squares: rollouts that carry the target",
+        "share",
+    ),
     "rollouts/length": ("mean length of a completion, end-of-text included", "tokens"),
     "rollouts/entropy": ("mean of -log p over what the LLM said: its entropy", "nats per token"),
     "auxiliary/auc_first": ("ROC area of R after the first token, held-out prompts", "0 to 1"),
@@ -28,6 +33,19 @@ METRICS: dict[str, tuple[str, str]] = {
     ),
     "auxiliary/epochs": ("epoch whose state was kept; 0 keeps the state before the fit", "count"),
     "auxiliary/examples": ("rollouts fitted, replayed ones included", "count"),
+    "term/<name>/satisfaction": ("share of the rollouts that satisfy this term", "share"),
+    "term/<name>/score": ("mean score of this term", "0 to 1"),
+    "term/<name>/beta": ("tilt solved for the mean that this term asks for", "1"),
+    "term/<name>/bar": ("score from which this term's label is 1", "0 to 1"),
+    "term/<name>/auc": ("ROC area of this term's own head half-way, held-out prompts", "0 to 1"),
+    "terms/product_gap": (
+        "mean |R - product of the terms' heads| half-way: how far the terms are from independent",
+        "0 to 1",
+    ),
+    "terms/outside_bounds": (
+        "share of prefixes where R leaves the Fréchet bounds of the terms' heads by over 0.02",
+        "share",
+    ),
     "target/satisfaction": ("mean R(x) over prompts", "share"),
     "target/kl": ("KL(q* || reference) of a completion, mean over prompts: -log R(x)", "nats"),
     "target/kl_per_token": (
@@ -41,6 +59,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "update/ce": ("corpus cross-entropy", "nats per corpus token"),
     "update/kl": ("weighted KL(q* || LLM), mean over the steps", "nats per completion token"),
     "update/kl_first": ("the same at the first step, before the LLM moved", "nats per token"),
+    "update/kl_weight": ("lambda of this update", "1"),
     "update/loss": ("what the optimizer minimises", "nats per corpus token"),
     "update/grad_norm": ("norm of the gradient before clipping", "nats"),
     "update/learning_rate": ("learning rate after the last step", "1"),
@@ -57,6 +76,18 @@ METRICS: dict[str, tuple[str, str]] = {
 }
 
 
+def meaning(name: str) -> tuple[str, str]:
+    """What a metric means, and its unit; `term/<name>/...` stands for every term.
+
+    Raises:
+        KeyError: for a metric without a meaning in `METRICS`.
+    """
+    section, _, rest = name.partition("/")
+    if section == "term":
+        name = f"term/<name>/{rest.partition('/')[2]}"
+    return METRICS[name]
+
+
 def append(path: Path, row: Mapping[str, float]) -> None:
     """Add one row to a JSONL file.
 
@@ -64,7 +95,7 @@ def append(path: Path, row: Mapping[str, float]) -> None:
         KeyError: for a metric without a meaning in `METRICS`.
     """
     for name in row:
-        METRICS[name]
+        meaning(name)
     with path.open("a") as file:
         file.write(json.dumps(dict(row)) + "\n")
 

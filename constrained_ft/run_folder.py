@@ -5,7 +5,7 @@ command.sh  environment.json        how to get it again: command, versions, mach
 status.json                         state, iteration, last checkpoint, reason, exit code
 metrics.jsonl                       one row an iteration
 rollouts/  checkpoints/             one entry an iteration
-scores/rank_0.jsonl                 every score that was asked for, so that none is asked for twice
+scores/rank_0.sqlite                every score that was asked for, so that none is asked for twice
 samples/                            what the LLM says to fixed prompts, some 8 times
 logs/attempt_1/                     of every start
 final/llm/  final/adapter/  final/auxiliary/

@@ -14,7 +14,7 @@ from constrained_ft.prompts import Prompt
 from constrained_ft.randomness import seed_for
 from constrained_ft.rollouts import LabeledRollouts, sample
 from constrained_ft.run_folder import RunFolder
-from constrained_ft.scorers import score_all
+from constrained_ft.scorers import Score, Scorer, valid
 from constrained_ft.target import Target
 
 _PROMPTS = 2  # of each group
@@ -35,7 +35,8 @@ def record_iteration(
 ) -> None:
     """The iteration's rollouts, and some 8 times a run what the LLM says to the fixed prompts."""
     if target.iteration == iteration:
-        _write_rollouts(folder, parts.replay[0], parts.scorer.version)
+        versions = " + ".join(scorer.version for scorer in parts.scorers)
+        _write_rollouts(folder, parts.replay[0], versions)
     last = config.trainer.iterations
     if iteration % -(-last // _MOST_FILES) != 0 and iteration != last:
         return
@@ -82,7 +83,11 @@ def _rows(
 ) -> list[dict[str, object]]:
     # One call: a scorer that waits for a server is waited for once.
     questions = [prompt.text for prompt in prompts] * len(texts)
-    found = score_all(parts.scorer, questions, [text for said in texts.values() for text in said])
+    asked = [text for said in texts.values() for text in said]
+    found = [
+        None if None in row else min(score for score in row if score is not None)
+        for row in zip(*(_scores(one, questions, asked) for one in parts.scorers), strict=True)
+    ]
     count = len(prompts)
     scores = {name: found[i * count : (i + 1) * count] for i, name in enumerate(texts)}
     return [
@@ -91,6 +96,13 @@ def _rows(
         | {"scores": {name: values[i] for name, values in scores.items()}}
         for i, prompt in enumerate(prompts)
     ]
+
+
+def _scores(
+    scorer: Scorer, prompts: Sequence[str], completions: Sequence[str]
+) -> list[float | None]:
+    results = valid(scorer, prompts, completions)
+    return [one.value if isinstance(one, Score) else None for one in results]
 
 
 def _write_rollouts(folder: RunFolder, labeled: LabeledRollouts, scorer_version: str) -> None:
@@ -107,7 +119,7 @@ def _write_rollouts(folder: RunFolder, labeled: LabeledRollouts, scorer_version:
         for prompt, text, score, satisfied in zip(
             rollouts.prompt_texts,
             rollouts.texts,
-            labeled.scores_N.tolist(),
+            labeled.least_scores.tolist(),
             labeled.satisfied_N.tolist(),
             strict=True,
         )

@@ -277,7 +277,7 @@ def training_checks(schedule: str, display: Display, seed: int = 0) -> list[Chec
     length = config.prompts.max_new_tokens
     parts = table_parts(_LETTERS, length, config)
     every = every_completion(parts.llm, length)
-    labels_Y = label(every, parts.scorer, config.constraint).labels_N.double()
+    labels_Y = label(every, parts.scorers, config.constraint).labels_N.double()
     probs_Y = _probs(parts.llm, every)
     target_Y = probs_Y * labels_Y / (probs_Y @ labels_Y)
     target: Target | None = None
@@ -287,7 +287,7 @@ def training_checks(schedule: str, display: Display, seed: int = 0) -> list[Chec
         newest = target
         if schedule == "alternating" or newest is None or iteration < _ITERATIONS:
             newest = learn_target(parts, config, parts.llm.frozen(), iteration)
-            auxiliary_error = max(auxiliary_error, _auxiliary_error(parts, every, labels_Y))
+            auxiliary_error = max(auxiliary_error, error_of_auxiliary(parts, every, labels_Y))
         if schedule == "alternating" or target is None:
             target = newest
         update_llm(parts, target, config, iteration)
@@ -310,7 +310,7 @@ def training_checks(schedule: str, display: Display, seed: int = 0) -> list[Chec
 
 
 @torch.no_grad()
-def _auxiliary_error(parts: Parts, every: Rollouts, labels_Y: Tensor) -> float:
+def error_of_auxiliary(parts: Parts, every: Rollouts, labels_Y: Tensor) -> float:
     """Mean over prefixes, as the LLM writes them, of |R learned - R by enumeration|."""
     probs_Y = _probs(parts.llm, every)
     same_YYT = (every.ids_NT[:, None] == every.ids_NT) & (every.mask_NT[:, None] == every.mask_NT)

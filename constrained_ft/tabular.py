@@ -183,16 +183,17 @@ def table_parts(letters: str, length: int, config: Config, rows: Sequence[Row] =
         rows: the corpus.
     """
     llm = table_llm(letters, length, config.llm, seed=config.seed)
-    scorer = build_scorer(config.constraint.scorer)
+    terms = config.constraint.all_terms().values()
+    scorers = tuple(build_scorer(term.scorer) for term in terms)
     prompts = tuple(
         Prompt(id=str(i), text="", group="prompts", token_ids=(0,))
         for i in range(config.prompts.prompts_per_iteration)
     )
     return Parts(
         llm=llm,
-        auxiliary=build_auxiliary(config, llm, llm.tokenizer, scorer),
+        auxiliary=build_auxiliary(config, llm, llm.tokenizer, scorers),
         optimization=build_optimization(llm, config.trainer),
-        scorer=scorer,
+        scorers=scorers,
         judge=None,
         prompts=Prompts(training=prompts, held_out=()),
         corpus=corpus_of(rows),
@@ -201,6 +202,7 @@ def table_parts(letters: str, length: int, config: Config, rows: Sequence[Row] =
         phases=Phases(llm.slots),
         world=World.alone(),
         everyone=World.alone(),
+        kl_weight=config.trainer.kl_weight,
     )
 
 

@@ -10,6 +10,7 @@ states and head, and what R says. Fitting R for the next iteration cannot change
 runs when the LLM update asks for log q*.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from constrained_ft import equations
 from constrained_ft.auxiliary import LOGIT_LIMIT, Evidence, FrozenAuxiliary, TokenTable
-from constrained_ft.config import Config, GuardConfig, TrainerConfig
+from constrained_ft.config import Config, ConstraintConfig, GuardConfig, TrainerConfig
 from constrained_ft.distributed import StopRequest, World, pack, unpack
 from constrained_ft.fit import fit_auxiliary
 from constrained_ft.fused import Head, Labels, Tilt, expected_satisfaction, fused_losses
@@ -32,9 +33,11 @@ from constrained_ft.rollouts import (
     Rollouts,
     completion_hidden_states,
     sample,
+    with_labels_of,
     with_scores,
 )
-from constrained_ft.scoring import Scoring
+from constrained_ft.scoring import Scored, Scoring
+from constrained_ft.term_heads import measure_terms
 
 _FORWARD_ROWS = 32  # rollouts in one forward pass
 
@@ -150,7 +153,7 @@ def learn_target(parts: Parts, config: Config, reference: FrozenLLM, iteration: 
     """Learn q* of `reference`: sample, score, fit R.
 
     Raises:
-        ScorerError: when a score is missing or invalid.
+        MissingScoresError: when too many completions have no score.
         DivergedError: when a guard finds a fault and is not to go on.
         Interrupted: when asked to stop.
     """
@@ -207,7 +210,8 @@ def learn_auxiliary(
         iteration, config.prompts.prompts_per_iteration, config.seed
     )
     display.phase("sampling", len(prompts) * config.prompts.samples_per_prompt)
-    with Scoring([parts.scorer], parts.world, stop) as scoring:
+    constraint = config.constraint
+    with Scoring(parts.scorers, parts.world, stop) as scoring:
         with parts.phases.during("sampling"):
             rollouts = sample(
                 reference,
@@ -224,13 +228,15 @@ def learn_auxiliary(
             )
         display.phase("scoring", len(rollouts.texts))
         with parts.phases.during("scoring") as spent:
-            (scores,) = scoring.finish(rollouts)
-            labeled = with_scores(rollouts, scores, config.constraint)
+            scored = scoring.finish(rollouts, constraint.max_missing_rate)
+            labeled = with_scores(rollouts, [one.scores for one in scored], constraint)
             spent.tokens += int(rollouts.mask_NT.sum())
+    _warn_of_missing(scored, display)
     satisfaction = float(labeled.satisfied_N.float().mean())
     display.advance(len(rollouts.texts), satisfaction=satisfaction)
     if not parts.replay:
         parts.auxiliary.start_at(float(labeled.labels_N.mean()))
+    parts.replay = [with_labels_of(past, labeled, constraint) for past in parts.replay]
     parts.remember(labeled, config.auxiliary.replay_iterations)
     display.phase("fitting the auxiliary", config.auxiliary.max_epochs)
     with parts.phases.during("auxiliary") as spent:
@@ -245,12 +251,45 @@ def learn_auxiliary(
             world=parts.world,
         )
         spent.tokens += sum(int(past.rollouts.mask_NT.sum()) for past in parts.replay)
+        if constraint.terms:
+            own = parts.auxiliary.frozen().satisfaction(labeled.rollouts)
+            metrics |= measure_terms(labeled, own, config)
     lengths_N = rollouts.mask_NT.sum(-1).float()
-    return labeled, metrics | {
+    return labeled, metrics | _term_metrics(labeled, constraint) | {
         "rollouts/satisfaction": satisfaction,
-        "rollouts/score": float(labeled.scores_N.mean()),
+        "rollouts/score": float(labeled.least_scores.mean()),
+        "rollouts/missing": labeled.missing / len(rollouts.texts),
+        "rollouts/effective_labels": labeled.effective / len(labeled.labels_N),
         "rollouts/length": float(lengths_N.mean()),
     }
+
+
+def _term_metrics(labeled: LabeledRollouts, constraint: ConstraintConfig) -> dict[str, float]:
+    """What each term of several says, and tilts and bars that were found."""
+    metrics: dict[str, float] = {}
+    settled = labeled.settled
+    for j, (name, term) in enumerate(constraint.all_terms().items()):
+        scores_N = labeled.scores_NJ[:, j]
+        if constraint.terms:
+            satisfied_N = scores_N >= term.satisfied_at
+            metrics[f"term/{name}/satisfaction"] = float(satisfied_N.float().mean())
+            metrics[f"term/{name}/score"] = float(scores_N.mean())
+        beta = settled.betas[j]
+        if beta is not None:
+            metrics[f"term/{name}/beta"] = beta
+        if term.anneal is not None:
+            metrics[f"term/{name}/bar"] = settled.bars[j]
+    return metrics
+
+
+def _warn_of_missing(scored: Sequence[Scored], display: Display) -> None:
+    for one in scored:
+        missing = one.scores.count(None)
+        if missing:
+            display.note(
+                f"{missing} of {len(one.scores)} completions have no score and are left out: "
+                f"{one.failure}"
+            )
 
 
 @torch.no_grad()
@@ -287,7 +326,7 @@ def build_target(
     log_satisfied_S, log_violated_S = satisfaction
     has_floor = config.constraint.threshold < 1
     log_floor_S = equations.log_floor_for_threshold(
-        log_satisfied_S, log_violated_S, config.constraint.threshold
+        *_calibrated(labeled, log_satisfied_S, log_violated_S), config.constraint.threshold
     )
     floor_S = log_floor_S.exp() if has_floor else torch.zeros_like(log_floor_S)
     floor_N = floor_S[rollouts.prompt_N]
@@ -339,6 +378,21 @@ def build_target(
     generator = generator_for(config.seed, "read", rollouts.iteration)
     drawn_N = torch.rand(len(chance_N), generator=generator).to(chance_N.device) < chance_N
     return replace(_some_rollouts(whole, drawn_N.nonzero()[:, 0], chance_N), metrics=metrics)
+
+
+def _calibrated(
+    labeled: LabeledRollouts,
+    log_satisfied_S: Float[Tensor, " S"],
+    log_violated_S: Float[Tensor, " S"],
+) -> tuple[Float[Tensor, " S"], Float[Tensor, " S"]]:
+    """log R(x) and log(1 - R(x)) with the mean of this iteration's labels.
+
+    Within a prefix an error that all tokens share cancels; in the floor it does not: an R that is
+    below delta by chance would push a model that is there already.
+    """
+    odds_S = equations.log_odds(log_satisfied_S, log_violated_S)
+    shifted_S = equations.shifted_to_mean(odds_S, float(labeled.labels_N.mean()))
+    return F.logsigmoid(shifted_S), F.logsigmoid(-shifted_S)
 
 
 def _prefix_weights(

@@ -5,7 +5,7 @@ Meng et al. 2024, arXiv:2410.05559. What each line means is in the module it cal
 
 import time
 
-from constrained_ft import checkpoint, evaluate, metrics, phases
+from constrained_ft import checkpoint, equations, evaluate, metrics, phases
 from constrained_ft.config import Config
 from constrained_ft.distributed import StopRequest, World
 from constrained_ft.errors import DivergedError
@@ -113,6 +113,10 @@ def _update(
         "version/auxiliary": float(target.iteration),
         "version/data": float(target.rollouts.iteration),
     }
+    if config.trainer.target_rate is not None:
+        parts.kl_weight = equations.dual_step(
+            parts.kl_weight, target.metrics["rollouts/satisfaction"], config.trainer.target_rate
+        )
     if not target.usable:
         for _ in range(config.trainer.steps_per_iteration):
             parts.optimization.pass_step()

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM  # noqa:
 
 from constrained_ft import equations  # noqa: E402
 from constrained_ft.compose import compose  # noqa: E402
-from constrained_ft.config import Config, FunctionScorerConfig  # noqa: E402
+from constrained_ft.config import Config, FunctionScorerConfig, HttpScorerConfig  # noqa: E402
 from constrained_ft.decoding import decode  # noqa: E402
 from constrained_ft.distributed import StopRequest, World, default_device  # noqa: E402
 from constrained_ft.finetune import backward_of_step, update_llm  # noqa: E402
@@ -50,7 +50,7 @@ from constrained_ft.optimization import build_optimization  # noqa: E402
 from constrained_ft.parts import Parts, build_parts  # noqa: E402
 from constrained_ft.progress import Silent  # noqa: E402
 from constrained_ft.rollouts import sample  # noqa: E402
-from constrained_ft.scorers import build_scorer  # noqa: E402
+from constrained_ft.scorers import build_scorer, score_all  # noqa: E402
 from constrained_ft.scoring import Scoring  # noqa: E402
 from constrained_ft.target import Target, learn_target  # noqa: E402
 
@@ -508,7 +508,7 @@ def scoring_rows(_: str | None) -> list[Ratio]:
                 stop=StopRequest(),
                 each=scoring.begin,
             )
-            scoring.finish(rollouts)
+            scoring.finish(rollouts, most_missing=0.0)
 
     name = (
         f"sampling and scoring ({LATENCY:g} s a completion, {IN_FLIGHT} in flight) / sampling alone"
@@ -572,12 +572,77 @@ def overlap_rows(_: str | None) -> list[Ratio]:
     ]
 
 
+# A service that misbehaves, against the same one that does not.
+
+TEXTS, SERVICE_LATENCY = 4000, 0.1
+
+
+def service_rows(_: str | None) -> list[Ratio]:
+    """A service of which 46 % of the requests fail; its labels have to be those of a sound one."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from faulty_service import FaultyService, truth
+
+    texts = [f"text number {i}" + "a" * (i % 7) for i in range(TEXTS)]
+
+    def asked(batch: int, *, faulty: bool) -> tuple[float, float]:
+        """Seconds, and requests a text."""
+        with FaultyService(faulty=faulty, latency=SERVICE_LATENCY, hang=2.0) as service:
+            config = HttpScorerConfig(
+                kind="http",
+                url=service.url,
+                request={"texts": "{completions}"},
+                answer="scores[*]",
+                batch_size=batch,
+                timeout=1.0,
+            )
+            scorer = build_scorer(config)
+            score_all(scorer, ["p"] * 20, texts[:20])
+            service.seen.clear()
+            begun = time.perf_counter()
+            scores = score_all(scorer, ["p"] * TEXTS, texts)
+            seconds = time.perf_counter() - begun
+            if scores != [truth(text) for text in texts]:
+                raise SystemExit("the labels differ")
+            return seconds, sum(service.seen.values()) / TEXTS
+
+    @lru_cache
+    def both(batch: int) -> tuple[float, float]:
+        (slow, calls), (quick, _) = asked(batch, faulty=True), asked(batch, faulty=False)
+        return slow / quick, calls
+
+    rows = []
+    for batch in (1, 16):
+        name = f"a service that fails 46 % of the time, {batch} texts a request"
+        rows.append(
+            Ratio(
+                name=f"{name}: time / without faults",
+                ours=None,
+                theirs=None,
+                value=partial(lambda b: both(b)[0], batch),
+                must=1.25,
+                aim=1.25,
+            )
+        )
+        rows.append(
+            Ratio(
+                name=f"{name}: requests a text",
+                ours=None,
+                theirs=None,
+                value=partial(lambda b: both(b)[1], batch),
+                must=1.6,
+                aim=1.0 / batch,
+            )
+        )
+    return rows
+
+
 GROUPS: dict[str, Callable[[str | None], list[Ratio]]] = {
     "loss": loss_rows,
     "sampling": sampling_rows,
     "step": step_rows,
     "scoring": scoring_rows,
     "overlap": overlap_rows,
+    "service": service_rows,
 }
 
 

@@ -80,7 +80,7 @@ def _rollouts(path: Path, parts: Parts, config: Config) -> tuple[LabeledRollouts
                 display=Silent(),
                 stop=StopRequest(),
             )
-            drawn.append(label(rollouts, parts.scorer, config.constraint))
+            drawn.append(label(rollouts, parts.scorers, config.constraint))
         torch.save(drawn, path)
     training, held_out = torch.load(path, weights_only=False)
     return training, held_out
@@ -95,9 +95,9 @@ def _compare(
     *,
     guided: bool,
 ) -> None:
-    training = label(training.rollouts, parts.scorer, config.constraint)
+    training = label(training.rollouts, parts.scorers, config.constraint)
     torch.set_grad_enabled(True)
-    auxiliary: Auxiliary = build_auxiliary(config, parts.llm, parts.llm.tokenizer, parts.scorer)
+    auxiliary: Auxiliary = build_auxiliary(config, parts.llm, parts.llm.tokenizer, parts.scorers)
     auxiliary.start_at(float(training.labels_N.mean()))
     started = time.monotonic()
     fitted = fit_auxiliary(
@@ -146,7 +146,7 @@ def _guided(auxiliary: Auxiliary, config: Config, parts: Parts) -> str:
         guide=auxiliary.frozen().guide(),
     )
     shares = []
-    for scorer, bound in ((parts.scorer, config.constraint.satisfied_at), (parts.judge, 0.5)):
+    for scorer, bound in ((parts.scorers[0], config.constraint.satisfied_at), (parts.judge, 0.5)):
         if scorer is not None:
             scores = np.array(score_all(scorer, rollouts.prompt_texts, rollouts.texts))
             shares.append(bootstrap((scores < bound).reshape(len(prompts), 8).mean(axis=1)))

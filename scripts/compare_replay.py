@@ -48,7 +48,7 @@ def main() -> None:
         display=Silent(),
         stop=StopRequest(),
     )
-    truth = label(drawn, parts.scorer, config.constraint)
+    truth = label(drawn, parts.scorers, config.constraint)
     rows = torch.arange(len(truth.labels_N))
     examples = Examples.of(truth, rows, drawn.ids_NT.shape[1], 1.0)
     violations = int((~truth.satisfied_N).sum())
@@ -59,7 +59,7 @@ def main() -> None:
             continue
         found_rows = []
         for seed in SEEDS:
-            auxiliary = build_auxiliary(config, parts.llm, parts.llm.tokenizer, parts.scorer)
+            auxiliary = build_auxiliary(config, parts.llm, parts.llm.tokenizer, parts.scorers)
             auxiliary.start_at(float(parts.replay[0].labels_N.mean()))
             fitted = fit_auxiliary(
                 auxiliary,

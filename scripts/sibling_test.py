@@ -47,7 +47,7 @@ def main() -> None:
     config = compose(sys.argv[1:])
     parts = build_parts(config, Silent(), StopRequest())
     training = _sample(parts, config, parts.prompts.training[:512], 4, 1)
-    labeled = label(training, parts.scorer, config.constraint)
+    labeled = label(training, parts.scorers, config.constraint)
     held_out = _sample(parts, config, parts.prompts.held_out, 2, 2)
     siblings = _choose(parts, held_out)
     came_true = _continue(parts, config, held_out, siblings)
@@ -55,7 +55,7 @@ def main() -> None:
     print(f"{len(siblings)} pairs, log ratio {truth.mean():.2f} on average")
     for kind in KINDS:
         own = compose([*sys.argv[1:], f"auxiliary={kind}"])
-        auxiliary = build_auxiliary(own, parts.llm, parts.llm.tokenizer, parts.scorer)
+        auxiliary = build_auxiliary(own, parts.llm, parts.llm.tokenizer, parts.scorers)
         auxiliary.start_at(float(labeled.labels_N.mean()))
         fit_auxiliary(
             auxiliary,
@@ -110,7 +110,7 @@ def _choose(parts: Parts, rollouts: Rollouts) -> list[Siblings]:
         before = rollouts.ids_NT[row, :STEP].tolist()
         likeliest = logits[row].topk(LIKELIEST).indices.tolist()
         texts = [decode([*before, token]) for token in likeliest]
-        scores = score_all(parts.scorer, [rollouts.prompt_texts[row]] * LIKELIEST, texts)
+        scores = score_all(parts.scorers[0], [rollouts.prompt_texts[row]] * LIKELIEST, texts)
         best, worst = int(np.argmax(scores)), int(np.argmin(scores))
         found.append(
             Siblings(
@@ -148,7 +148,7 @@ def _continue(
             drawn.prompt_N.tolist(), drawn.ids_NT, drawn.mask_NT, strict=True
         )
     ]
-    labels = label(replace(drawn, texts=tuple(whole)), parts.scorer, config.constraint).labels_N
+    labels = label(replace(drawn, texts=tuple(whole)), parts.scorers, config.constraint).labels_N
     sums = labels.reshape(-1, COMPLETIONS).sum(1).double().numpy()
     means: np.ndarray[tuple[int, int], np.dtype[np.float64]] = (
         (sums + FEWEST) / (COMPLETIONS + 2 * FEWEST)

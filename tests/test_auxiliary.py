@@ -17,8 +17,16 @@ from constrained_ft.compose import compose
 from constrained_ft.config import AuxiliaryConfig
 from constrained_ft.distributed import StopRequest
 from constrained_ft.errors import CheckpointError
-from constrained_ft.fit import Examples, area_under_curve, calibration_error, fit_auxiliary, measure
+from constrained_ft.fit import (
+    Examples,
+    _with_td_targets,
+    area_under_curve,
+    calibration_error,
+    fit_auxiliary,
+    measure,
+)
 from constrained_ft.fused import Head
+from constrained_ft.labels import Settled
 from constrained_ft.progress import Silent
 from constrained_ft.prompts import Prompt
 from constrained_ft.rollouts import LabeledRollouts, Rollouts
@@ -83,7 +91,13 @@ def rollouts_of(prompts: int, samples: int, seed: int = 0, iteration: int = 1) -
         iteration=iteration,
     )
     return LabeledRollouts(
-        rollouts=rollouts, scores_N=labels_N, satisfied_N=labels_N > 0, labels_N=labels_N
+        rollouts=rollouts,
+        scores_NJ=labels_N[:, None],
+        satisfied_N=labels_N > 0,
+        labels_N=labels_N,
+        missing=0,
+        settled=Settled(betas=(None,), bars=(0.5,)),
+        effective=float(labels_N.sum()),
     )
 
 
@@ -321,6 +335,26 @@ def test_the_calibration_error_is_that_of_scikit_learns_curve() -> None:
     assert calibration_error(probs_N, labels_N) == pytest.approx(expected, abs=1e-6)
 
 
+def test_td_targets_mix_the_label_with_what_r_expects() -> None:
+    auxiliary, labeled = auxiliary_of("additive"), rollouts_of(16, 4)
+    fit(auxiliary, labeled)
+    examples = Examples.of(labeled, torch.arange(64), STEPS, 1.0)
+    found = _with_td_targets(auxiliary, UNIFORM, examples, 0.9).targets_NT
+    # Token by token: the reference is uniform, so the expectation is a plain mean.
+    frozen = auxiliary.frozen()
+    evidence = frozen.read_examples(examples.hidden_NTD, examples.ids_NT, examples.mask_NT)
+    for row in range(64):
+        length = int(examples.mask_NT[row].sum())
+        wanted = examples.labels_N[row]
+        for t in reversed(range(length)):
+            if t + 1 < length:
+                u_V = frozen.table.logits(
+                    evidence.factors_NTR[row, t + 1], evidence.offset_NT[row, t + 1]
+                )
+                wanted = 0.1 * u_V.sigmoid().mean() + 0.9 * wanted
+            assert found[row, t].item() == pytest.approx(float(wanted), abs=1e-5)
+
+
 def test_quality_is_measured_at_three_places_of_each_completion() -> None:
     auxiliary, labeled = auxiliary_of("additive"), rollouts_of(64, 4)
     fit(auxiliary, labeled)
@@ -333,6 +367,7 @@ def test_quality_is_measured_at_three_places_of_each_completion() -> None:
         mask_NT=mask_NT,
         labels_N=whole.labels_N,
         weights_N=whole.weights_N,
+        targets_NT=whole.targets_NT,
     )
     frozen = auxiliary.frozen()
     measured = measure(frozen, UNIFORM, examples, seed=0)

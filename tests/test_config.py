@@ -24,6 +24,16 @@ OPEN = {
     ("prompts", "file"): ["prompts.path=prompts.txt"],
     ("constraint", "function"): ["constraint.scorer.path=my_scorer.py:score"],
     ("constraint", "words"): ["constraint.scorer.path=words.txt"],
+    ("constraint", "regex"): ["constraint.scorer.pattern=abc"],
+    ("constraint", "hf"): [
+        "constraint.scorer.model_name_or_path=some/model",
+        "constraint.scorer.labels=[toxic]",
+    ],
+    ("constraint", "embedding"): ["constraint.scorer.references=[yes]"],
+    ("constraint", "http"): [
+        "constraint.scorer.url=http://localhost:1/",
+        "constraint.scorer.request={texts: '{completions}'}",
+    ],
 }
 OPTIONS = [(group, option) for group, options in groups().items() for option in options]
 
@@ -182,7 +192,7 @@ def test_a_wrong_configuration_is_refused_with_its_key_and_what_to_do(
     assert time.process_time() - started < 1.0
     assert key in message
     assert advice in message
-    for jargon in ("hydra.errors", "pydantic", "http", "Extra inputs", "validation error"):
+    for jargon in ("hydra.errors", "pydantic", "https:", "Extra inputs", "validation error"):
         assert jargon not in message
 
 

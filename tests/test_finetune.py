@@ -221,7 +221,7 @@ def test_without_the_constraint_it_is_plain_fine_tuning() -> None:
     target = learn_target(parts, small_config(), parts.llm.frozen(), 1)
     optimization = build_optimization(ours, config)
     corpus = corpus_of(rows)
-    parts = replace(parts, llm=ours, optimization=optimization, corpus=corpus)
+    parts = replace(parts, llm=ours, optimization=optimization, corpus=corpus, kl_weight=0.0)
     for iteration in (1, 2):
         update_llm(parts, target, whole, iteration)
     # The same, by hand.

@@ -185,7 +185,8 @@ def test_what_a_rank_cannot_do_ends_all_with_its_exit_code(tmp_path: Path) -> No
         cwd=tmp_path,
     )
     assert ran.returncode == 3
-    assert "error: rank 1: the scorer" in ran.stderr
+    assert "error: before training: the scorer" in ran.stderr
+    assert "gave no score for 20 of 40 completions" in ran.stderr
     assert "a score must lie in [0, 1]" in ran.stderr
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 3)

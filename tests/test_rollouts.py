@@ -343,7 +343,7 @@ def test_verdicts_follow_the_constraint() -> None:
             labels=labels,
             **constraint,
         )
-        labeled = label(rollouts, scorer, config)
+        labeled = label(rollouts, [scorer], config)
         broken = torch.tensor(["e" in text.lower() for text in rollouts.texts])
         assert broken.any()
         assert torch.equal(labeled.satisfied_N, ~broken)

@@ -17,13 +17,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from constrained_ft.config import (
+    AllOfScorerConfig,
+    AnyOfScorerConfig,
+    EmbeddingScorerConfig,
     FunctionScorerConfig,
+    LengthScorerConfig,
     LettersScorerConfig,
     LinearScorerConfig,
+    NotScorerConfig,
+    RegexScorerConfig,
+    WeightedScorerConfig,
     WordsScorerConfig,
 )
 from constrained_ft.errors import DataError, ScorerError
-from constrained_ft.scorers import Score, ScoreFailure, Scorer, build_scorer, probe, score_all
+from constrained_ft.scorers import (
+    CombinedScorer,
+    Score,
+    ScoreFailure,
+    Scorer,
+    build_scorer,
+    is_quick,
+    probe,
+    score_all,
+    valid,
+)
 
 
 class Fixed:
@@ -56,10 +73,13 @@ def test_valid_scores_become_numbers_in_order() -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (Score(float("nan")), "gave nan for sample 1 ('second'); a score must lie in [0, 1]"),
-        (Score(float("inf")), "gave inf for sample 1 ('second')"),
-        (Score(1.0000001), "gave 1.0000001 for sample 1 ('second')"),
-        (Score(-0.1), "gave -0.1 for sample 1 ('second')"),
+        (
+            Score(float("nan")),
+            "gave no score for sample 1 ('second'): it gave nan; a score must lie in [0, 1]",
+        ),
+        (Score(float("inf")), "gave no score for sample 1 ('second'): it gave inf;"),
+        (Score(1.0000001), "gave no score for sample 1 ('second'): it gave 1.0000001;"),
+        (Score(-0.1), "gave no score for sample 1 ('second'): it gave -0.1;"),
         (ScoreFailure("no answer"), "gave no score for sample 1 ('second'): no answer"),
     ],
 )
@@ -73,7 +93,7 @@ def test_anything_else_is_an_error_naming_scorer_and_sample(
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_a_wrong_number_of_results_is_an_error(count: int) -> None:
-    with pytest.raises(ScorerError, match=f"fixed gave {count} results for 2 completions"):
+    with pytest.raises(ScorerError, match=f"it gave {count} results for 2 completions"):
         scores(Fixed([Score(0.5)] * count), ["a", "b"])
 
 
@@ -84,7 +104,7 @@ def test_a_scorer_that_raises_is_an_error_naming_it() -> None:
         ) -> list[Score | ScoreFailure]:
             raise RuntimeError("out of order")
 
-    with pytest.raises(ScorerError, match="the scorer fixed failed: RuntimeError: out of order"):
+    with pytest.raises(ScorerError, match="it failed with RuntimeError: out of order"):
         scores(Broken([]), ["a"])
     with pytest.raises(ScorerError, match="out of order"):
         probe(Broken([]))
@@ -265,8 +285,8 @@ def test_numbers_of_numpy_are_numbers(function: Callable[[str], Scorer], body: s
         ("return [0.5, '0.5']", "sample 1 ('second'): the function returned '0.5', a str"),
         ("return [0.5, True]", "sample 1 ('second'): the function returned True; return 1.0 or"),
         ("return np.array([True, False])", "sample 0 ('first'): the function returned True;"),
-        ("return [0.5, float('nan')]", "gave nan for sample 1 ('second')"),
-        ("return [0.5, 7]", "gave 7.0 for sample 1 ('second')"),
+        ("return [0.5, float('nan')]", "it gave nan; a score must lie"),
+        ("return [0.5, 7]", "it gave 7.0; a score must lie"),
         ("return [0.5, [0.5]]", "sample 1 ('second'): the function returned [0.5], a list"),
         ("return [0.5]", "gave 1 results for 2 completions"),
         ("return None", "returned a NoneType; it must return a list of floats"),
@@ -339,3 +359,170 @@ def test_the_version_of_a_function_follows_its_file(function: Callable[[str], Sc
     assert one.version == same.version != other.version
     # A file that was changed between two runs is read again.
     assert scores(other, ["a"]) == [0.6]
+
+
+def test_a_function_may_be_called_by_name_or_be_async(tmp_path: Path) -> None:
+    (tmp_path / "f.py").write_text(
+        "async def later(prompts, completions, **columns):\n"
+        "    return [float(len(columns)) for _ in completions]\n"
+        "def by_name(completions, **columns):\n"
+        "    return [float(columns['prompts'] == ['p'] * len(completions)) for _ in completions]\n"
+        "def by_place(questions, answers):\n"
+        "    return [float(q < a) for q, a in zip(questions, answers)]\n"
+    )
+
+    def named(name: str) -> Scorer:
+        return build_scorer(FunctionScorerConfig(kind="function", path=f"{tmp_path}/f.py:{name}"))
+
+    assert scores(named("later"), ["a", "b"]) == [0.0, 0.0]
+    assert score_all(named("by_name"), ["p", "p"], ["a", "b"]) == [1.0, 1.0]
+    assert score_all(named("by_place"), ["a", "b"], ["b", "a"]) == [1.0, 0.0]
+
+
+def test_a_function_of_a_module_is_found_where_the_command_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rewards_of_mine.py").write_text(
+        "def score(prompts, completions):\n    return [0.5 for _ in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    config = FunctionScorerConfig(kind="function", path="rewards_of_mine:score")
+    assert scores(build_scorer(config), ["a"]) == [0.5]
+    other = config.model_copy(update={"version": "2"})
+    assert build_scorer(other).version != build_scorer(config).version
+    with pytest.raises(ScorerError, match="cannot import the module no_such_module_of_mine"):
+        build_scorer(FunctionScorerConfig(kind="function", path="no_such_module_of_mine:score"))
+    with pytest.raises(ScorerError, match="the module has no function 'nothing'"):
+        build_scorer(FunctionScorerConfig(kind="function", path="rewards_of_mine:nothing"))
+
+
+# Words, disguised ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (True, "sh1t happens"),
+        (True, "shiiiit"),
+        (True, "s.h.i.t"),
+        (True, "S-H-1-T!"),
+        (True, "s h i t"),
+        (True, "$hit"),
+        (False, "shirt"),
+        (False, "shitake"),
+        (False, "s...h...i...t is spread too far"),
+        (False, "the hit"),
+    ],
+)
+def test_simple_disguises_are_seen_through(found: object, text: str) -> None:
+    scorer = words_scorer(words=("shit",), obfuscated=True)
+    assert scores(scorer, [text]) == [0.0 if found else 1.0]
+    if "shit" not in text.lower().split():
+        assert scores(words_scorer(words=("shit",)), [text]) == [1.0]
+
+
+def test_words_may_match_inside_others_or_in_their_case_only() -> None:
+    inside = words_scorer(words=("cat",), whole_words=False)
+    assert scores(inside, ["concatenate", "dog"]) == [0.0, 1.0]
+    exact = words_scorer(words=("Cat",), ignore_case=False)
+    assert scores(exact, ["Cat", "cat"]) == [0.0, 1.0]
+    assert len({one.version for one in (inside, exact, words_scorer(words=("cat",)))}) == 3
+
+
+# Regular expressions, lengths, combinations -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("must", "expected"),
+    [
+        ("not_contain", [0.0, 0.0, 1.0]),
+        ("contain", [1.0, 1.0, 0.0]),
+        ("match_whole", [1.0, 0.0, 0.0]),
+    ],
+)
+def test_a_regular_expression_is_looked_for(must: Any, expected: list[int]) -> None:
+    scorer = build_scorer(RegexScorerConfig(kind="regex", pattern=r"[A-F]\d+", must=must))
+    probe(scorer)
+    assert scores(scorer, [" a12 ", "see B7 there", "nothing"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("unit", "text", "count"),
+    [
+        ("words", " one two  three ", 3),
+        ("characters", "  äbc ", 3),
+        ("sentences", "One. Two! Three", 3),
+        ("sentences", 'He said "no." Then 3.5 came?', 2),
+        ("sentences", "", 0),
+        ("sentences", "Wait... what?", 2),
+        ("tokens", "abc", 3),
+    ],
+)
+def test_lengths_are_counted(unit: Any, text: str, count: int) -> None:
+    def holds(at_least: int, at_most: int | None) -> bool:
+        config = LengthScorerConfig(
+            kind="length",
+            unit=unit,
+            at_least=at_least,
+            at_most=at_most,
+            tokenizer="tiny:llama" if unit == "tokens" else None,
+        )
+        return scores(build_scorer(config), [text]) == [1.0]
+
+    assert holds(count, max(count, 1))
+    assert not holds(count + 1, None)
+    assert count == 0 or not holds(0, count - 1)
+
+
+def test_a_graded_length_falls_with_the_distance() -> None:
+    config = LengthScorerConfig(kind="length", at_least=2, at_most=4, graded=True)
+    texts = [" ".join("x" * n) for n in range(1, 9)]
+    wanted = [0.5, 1, 1, 1, 4 / 5, 4 / 6, 4 / 7, 4 / 8]
+    assert scores(build_scorer(config), texts) == pytest.approx(wanted)
+
+
+def holding(letter: str) -> LettersScorerConfig:
+    return LettersScorerConfig(kind="letters", letter=letter, at_most=0)
+
+
+def test_scorers_are_combined() -> None:
+    of: Any = {"a": holding("a"), "b": holding("b")}
+    texts = ["xy", "a", "b", "ab"]
+    cases: list[tuple[Any, list[float]]] = [
+        (AllOfScorerConfig(kind="all_of", of=of), [1, 0, 0, 0]),
+        (AnyOfScorerConfig(kind="any_of", of=of), [1, 1, 1, 0]),
+        (NotScorerConfig(kind="not", of={"a": holding("a")}), [0, 1, 0, 1]),
+        (
+            WeightedScorerConfig(kind="weighted", of=of, weights={"a": 3.0, "b": 1.0}),
+            [1, 0.25, 0.75, 0],
+        ),
+    ]
+    for config, wanted in cases:
+        scorer = build_scorer(config)
+        probe(scorer)
+        assert scores(scorer, texts) == pytest.approx(wanted)
+    nested = NotScorerConfig(kind="not", of={"both": cases[0][0]})
+    assert scores(build_scorer(nested), texts) == [0, 1, 1, 1]
+    versions = {build_scorer(config).version for config, _ in cases}
+    assert len(versions) == len(cases)
+
+
+def test_a_part_that_gives_no_score_leaves_none_and_is_named() -> None:
+    parts = {
+        "sound": Fixed([Score(1.0), Score(0.0)]),
+        "odd": Fixed([Score(0.5), ScoreFailure("no")]),
+    }
+    scorer = CombinedScorer("all_of", parts)
+    first, second = valid(scorer, ["p", "p"], ["a", "b"])
+    assert first == Score(0.5)
+    assert second == ScoreFailure("odd: no")  # though the sound part alone would decide
+
+
+def test_quick_scorers_are_those_that_can_score_a_vocabulary() -> None:
+    quick = AllOfScorerConfig(kind="all_of", of={"a": holding("a")})
+    slow = EmbeddingScorerConfig(kind="embedding", model_name_or_path="m", references=("x",))
+    assert is_quick(quick)
+    assert is_quick(LinearScorerConfig(kind="linear"))
+    assert not is_quick(AllOfScorerConfig(kind="all_of", of={"a": holding("a"), "b": slow}))
+    assert not is_quick(FunctionScorerConfig(kind="function", path="f.py:f", in_flight=4))

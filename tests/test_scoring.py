@@ -1,5 +1,9 @@
 """Scores are asked for while sampling goes on, once each, and survive on disk."""
 
+import signal
+import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -10,14 +14,14 @@ from small import run, small_config, small_parts
 
 from constrained_ft.config import FunctionScorerConfig
 from constrained_ft.distributed import StopRequest, World
-from constrained_ft.errors import Interrupted, ScorerError
+from constrained_ft.errors import Interrupted, MissingScoresError, ScorerError
 from constrained_ft.progress import Silent
 from constrained_ft.rollouts import Rollouts, sample
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.scorers import (
-    Ledger,
     RememberingScorer,
     Score,
+    ScoreCache,
     ScoreFailure,
     build_scorer,
     score_all,
@@ -48,53 +52,65 @@ class Watched:
         ]
 
 
-# The ledger --------------------------------------------------------------------------------------
+# What is kept -------------------------------------------------------------------------------------
+
+
+def kept(inner: Watched, folder: Path, rank: int = 0) -> RememberingScorer:
+    own = folder / f"rank_{rank}.sqlite"
+    others = [file for file in sorted(folder.glob("*.sqlite")) if file != own]
+    return RememberingScorer(inner, ScoreCache(own, others))
 
 
 def test_a_text_is_asked_for_once_also_after_a_restart(tmp_path: Path) -> None:
     inner = Watched()
-    scorer = RememberingScorer(inner, Ledger(tmp_path, 0))
-    first = score_all(scorer, ["p", "p", "q", "p"], ["a", "bb", "a", "a"])
+    first = score_all(kept(inner, tmp_path), ["p", "p", "q", "p"], ["a", "bb", "a", "a"])
     assert first == [0.5, 1 / 3, 0.5, 0.5]
     assert inner.asked == [("p", "a"), ("p", "bb"), ("q", "a")]
     again = Watched()
     # Another rank reads what the first one paid for.
-    scorer = RememberingScorer(again, Ledger(tmp_path, 1))
+    scorer = kept(again, tmp_path, rank=1)
     assert score_all(scorer, ["q", "p", "p"], ["a", "ccc", "bb"]) == [0.5, 0.25, 1 / 3]
     assert again.asked == [("p", "ccc")]
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["rank_0.jsonl", "rank_1.jsonl"]
+    assert (scorer.asked, scorer.known) == (3, 2)
 
 
 def test_another_version_of_the_scorer_is_asked_again(tmp_path: Path) -> None:
-    score_all(RememberingScorer(Watched(), Ledger(tmp_path, 0)), ["p"], ["a"])
+    score_all(kept(Watched(), tmp_path), ["p"], ["a"])
     other = Watched(version="2")
-    score_all(RememberingScorer(other, Ledger(tmp_path, 0)), ["p"], ["a"])
+    score_all(kept(other, tmp_path), ["p"], ["a"])
     assert other.asked == [("p", "a")]
 
 
 def test_a_failed_score_is_not_kept(tmp_path: Path) -> None:
-    scorer = RememberingScorer(Watched(), Ledger(tmp_path, 0))
     with pytest.raises(ScorerError, match="gave no score for sample 1"):
-        score_all(scorer, ["p", "p"], ["a", "bad"])
+        score_all(kept(Watched(), tmp_path), ["p", "p"], ["a", "bad"])
     again = Watched()
-    scorer = RememberingScorer(again, Ledger(tmp_path, 0))
     with pytest.raises(ScorerError, match="gave no score"):
-        score_all(scorer, ["p", "p"], ["a", "bad"])
+        score_all(kept(again, tmp_path), ["p", "p"], ["a", "bad"])
     assert again.asked == [("p", "bad")]
 
 
-def test_a_row_that_was_cut_costs_that_score_and_no_other(tmp_path: Path) -> None:
-    scorer = RememberingScorer(Watched(), Ledger(tmp_path, 0))
-    score_all(scorer, ["p", "p"], ["a", "bb"])
-    file = tmp_path / "rank_0.jsonl"
-    file.write_bytes(file.read_bytes()[:-7])
+def test_a_process_that_is_killed_loses_no_score(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from constrained_ft.scorers import RememberingScorer, Score, ScoreCache\n"
+        "class One:\n"
+        "    name, version = 'watched', '1'\n"
+        "    def score(self, prompts, completions):\n"
+        "        return [Score(0.5) for _ in completions]\n"
+        "scorer = RememberingScorer(One(), ScoreCache(Path(sys.argv[1])))\n"
+        "scorer.score(['p'], ['a'])\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, str(tmp_path / "rank_0.sqlite")], check=False)
+    assert ran.returncode == -signal.SIGKILL
     again = Watched()
-    scorer = RememberingScorer(again, Ledger(tmp_path, 0))
-    assert score_all(scorer, ["p", "p"], ["a", "bb"]) == [0.5, 1 / 3]
-    assert again.asked == [("p", "bb")]
-    last = Watched()
-    score_all(RememberingScorer(last, Ledger(tmp_path, 0)), ["p", "p"], ["a", "bb"])
-    assert last.asked == []
+    assert score_all(kept(again, tmp_path), ["p"], ["a"]) == [0.5]
+    assert again.asked == []
+    # It is a plain SQLite file.
+    with sqlite3.connect(tmp_path / "rank_0.sqlite") as file:
+        assert file.execute("SELECT scorer, score FROM scores").fetchall() == [("watched 1", 0.5)]
 
 
 def test_a_wrong_number_of_results_is_said_and_not_kept(tmp_path: Path) -> None:
@@ -105,14 +121,28 @@ def test_a_wrong_number_of_results_is_said_and_not_kept(tmp_path: Path) -> None:
             return super().score(prompts, completions)[:-1]
 
     with pytest.raises(ScorerError, match="gave 1 results for 2 completions"):
-        score_all(RememberingScorer(Short(), Ledger(tmp_path, 0)), ["p", "p"], ["a", "bb"])
-    assert not list(tmp_path.iterdir())
+        score_all(kept(Short(), tmp_path), ["p", "p"], ["a", "bb"])
+    assert ScoreCache(tmp_path / "rank_0.sqlite").counts() == {}
+
+
+def test_a_cache_can_be_counted_cleared_and_refused(tmp_path: Path) -> None:
+    scorer = kept(Watched(), tmp_path)
+    score_all(scorer, ["p", "p"], ["a", "bb"])
+    cache = ScoreCache(tmp_path / "rank_0.sqlite")
+    assert cache.counts() == {"watched 1": 2}
+    cache.clear()
+    assert cache.counts() == {}
+    (tmp_path / "broken.sqlite").write_bytes(b"this is no database" * 100)
+    with pytest.raises(ScorerError, match=r"cannot use the kept scores in .*broken\.sqlite"):
+        ScoreCache(tmp_path / "broken.sqlite")
 
 
 # Meanwhile ---------------------------------------------------------------------------------------
 
 
-def sampled(scorer: Watched, stop: StopRequest | None = None) -> tuple[Rollouts, list[float]]:
+def sampled(
+    scorer: Watched, stop: StopRequest | None = None, most_missing: float = 0.0
+) -> tuple[Rollouts, list[float | None]]:
     config = small_config("sampler.batch_size=4")
     parts = small_parts(config)
     with Scoring([scorer], World.alone(), stop or StopRequest()) as scoring:
@@ -129,8 +159,8 @@ def sampled(scorer: Watched, stop: StopRequest | None = None) -> tuple[Rollouts,
             each=scoring.begin,
         )
         scorer.sampled_at = time.monotonic()  # type: ignore[attr-defined]
-        (scores,) = scoring.finish(rollouts)
-    return rollouts, scores
+        (scored,) = scoring.finish(rollouts, most_missing)
+    return rollouts, scored.scores
 
 
 def test_scores_are_those_of_the_texts_whatever_the_batches() -> None:
@@ -154,8 +184,38 @@ def test_an_error_of_the_scorer_is_raised_here() -> None:
         ) -> list[Score | ScoreFailure]:
             raise ValueError("down")
 
-    with pytest.raises(ScorerError, match="the scorer watched failed: ValueError: down"):
-        sampled(Failing())
+    with pytest.raises(MissingScoresError, match="it failed with ValueError: down") as caught:
+        sampled(Failing(), most_missing=1.0)  # all are too many, whatever is allowed
+    assert "the scorer watched gave no score for 40 of 40" in str(caught.value)
+    assert caught.value.exit_code == 4
+
+
+def test_what_failed_is_asked_once_more_and_then_left_out() -> None:
+    def kind(text: str) -> int:
+        return sum(map(ord, text)) % 5
+
+    class Flaky(Watched):
+        def score(
+            self, prompts: Sequence[str], completions: Sequence[str]
+        ) -> list[Score | ScoreFailure]:
+            before = [text for _, text in self.asked]
+            results = super().score(prompts, completions)
+            return [
+                ScoreFailure("not today")
+                if kind(text) == 0 or (kind(text) == 1 and text not in before)
+                else result
+                for text, result in zip(completions, results, strict=True)
+            ]
+
+    scorer = Flaky()
+    rollouts, scores = sampled(scorer, most_missing=0.9)
+    failing = [kind(text) == 0 for text in rollouts.texts]
+    assert 0 < sum(failing) < 40
+    assert [score is None for score in scores] == failing
+    again = len(scorer.asked) - 40
+    assert again == sum(kind(text) < 2 for text in rollouts.texts) > sum(failing)
+    with pytest.raises(MissingScoresError, match="at last: not today"):
+        sampled(Flaky(), most_missing=0.01)
 
 
 def test_leaving_early_waits_for_the_call_that_has_begun_and_no_other() -> None:
@@ -191,7 +251,7 @@ def test_a_stop_is_noticed_while_scores_are_awaited() -> None:
             scoring.begin(rollouts)
         stop.late = True
         with pytest.raises(Interrupted):
-            scoring.finish(rollouts)
+            scoring.finish(rollouts, 0.0)
     assert len(scorer.calls) == 1  # the one that had begun is paid for, and kept
 
 

@@ -215,8 +215,9 @@ def test_every_metric_has_a_meaning_and_every_meaning_a_metric(
             assert set(row) <= set(METRICS)
             assert all(math.isfinite(value) for value in row.values())
             seen |= set(row)
-    # Those of peers and of guards are in their own tests.
+    # Those of peers, of guards and of several constraints are in their own tests.
     elsewhere = {"time/wait_target", "time/wait_llm", "update/rolled_back"}
+    elsewhere |= {name for name in METRICS if name.startswith("term")}
     assert seen == set(METRICS) - elsewhere
     with pytest.raises(KeyError):
         metrics.append(tmp_path / "metrics.jsonl", {"update/loss": 1.0, "no/meaning": 2.0})
@@ -296,7 +297,7 @@ def test_the_evaluation_is_that_of_the_samples(
         load_frozen(plain_config(str(folder.final_llm)), precision="fp32"),
         prompts,
         parts.corpus.validation,
-        scorer,
+        [scorer],
         None,
         config,
         model="tuned",

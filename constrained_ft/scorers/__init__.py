@@ -1,40 +1,74 @@
 """The constraint C(x, y) in [0, 1]: one protocol, one small file a kind.
 
-`score_all` is the only way to numbers. A score that is missing, of another type, not finite or
-outside [0, 1] is an error that names the scorer and the sample; it never becomes a number.
+A score that is missing, of another type, not finite or outside [0, 1] is a failure that says why;
+it never becomes a number. `scores_of` gives what there is and None for the rest, `score_all`
+insists on every score.
 """
 
-import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from constrained_ft.config import (
+    AllOfScorerConfig,
+    AnyOfScorerConfig,
+    ClassifierScorerConfig,
+    EmbeddingScorerConfig,
     FunctionScorerConfig,
+    HttpScorerConfig,
+    LengthScorerConfig,
     LettersScorerConfig,
     LinearScorerConfig,
+    NotScorerConfig,
+    RegexScorerConfig,
     ScorerConfig,
+    SelfJudgeScorerConfig,
+    WeightedScorerConfig,
     WordsScorerConfig,
 )
 from constrained_ft.errors import ScorerError
+from constrained_ft.scorers.cache import (
+    RememberingScorer,
+    ScoreCache,
+    kinds_of,
+    remembering,
+    user_cache,
+)
+from constrained_ft.scorers.classifier import ClassifierScorer
+from constrained_ft.scorers.combined import CombinedScorer, cancel
+from constrained_ft.scorers.embedding import Embedder, EmbeddingScorer, Probe
 from constrained_ft.scorers.function import FunctionScorer
-from constrained_ft.scorers.ledger import Ledger, RememberingScorer
+from constrained_ft.scorers.http import HttpScorer
+from constrained_ft.scorers.length import LengthScorer
 from constrained_ft.scorers.letters import LettersScorer
 from constrained_ft.scorers.linear import LinearScorer
-from constrained_ft.scorers.protocol import Score, ScoreFailure, Scorer, wrong_count
+from constrained_ft.scorers.llm_self import SelfJudgeScorer
+from constrained_ft.scorers.protocol import Score, ScoreFailure, Scorer, valid
+from constrained_ft.scorers.regex import RegexScorer
 from constrained_ft.scorers.words import WordsScorer, read_words, without
 
 __all__ = [
-    "Ledger",
+    "CombinedScorer",
+    "Embedder",
+    "Probe",
     "RememberingScorer",
     "Score",
+    "ScoreCache",
     "ScoreFailure",
     "Scorer",
     "build_scorer",
+    "cancel",
+    "is_quick",
     "probe",
+    "probed",
     "score_all",
+    "user_cache",
+    "valid",
 ]
 
 _PROBES = ("The weather was", "This is")
 _PROBE_COMPLETIONS = (" fine all day.", " a test.")
+_QUICK = {WordsScorerConfig, LettersScorerConfig, RegexScorerConfig, LinearScorerConfig}
+_COMBINED = {AllOfScorerConfig, AnyOfScorerConfig, NotScorerConfig, WeightedScorerConfig}
 
 
 def build_scorer(config: ScorerConfig) -> Scorer:
@@ -42,6 +76,7 @@ def build_scorer(config: ScorerConfig) -> Scorer:
 
     Raises:
         ScorerError: if it cannot be loaded.
+        ModelError: if a model that it needs is missing.
         DataError: if a word list is not there.
     """
     match config:
@@ -49,11 +84,43 @@ def build_scorer(config: ScorerConfig) -> Scorer:
             return LinearScorer()
         case WordsScorerConfig():
             listed = [] if config.path is None else read_words(config.path, config.min_severity)
-            return WordsScorer([*config.words, *without(listed, config.ignore)])
+            return WordsScorer([*config.words, *without(listed, config.ignore)], config)
         case LettersScorerConfig():
             return LettersScorer(config.letter, config.at_most)
+        case RegexScorerConfig():
+            return RegexScorer(config)
+        case LengthScorerConfig():
+            return LengthScorer(config)
         case FunctionScorerConfig():
-            return FunctionScorer(config.path, config.in_flight)
+            return FunctionScorer(config)
+        case HttpScorerConfig():
+            return HttpScorer(config)
+        case ClassifierScorerConfig() | EmbeddingScorerConfig() | SelfJudgeScorerConfig():
+            return _with_a_model(config)
+        case _:
+            parts = {name: build_scorer(part) for name, part in config.of.items()}
+            weights = config.weights if isinstance(config, WeightedScorerConfig) else None
+            return CombinedScorer(config.kind, parts, weights)
+
+
+def _with_a_model(
+    config: ClassifierScorerConfig | EmbeddingScorerConfig | SelfJudgeScorerConfig,
+) -> Scorer:
+    match config:
+        case ClassifierScorerConfig():
+            return ClassifierScorer(config)
+        case EmbeddingScorerConfig():
+            return EmbeddingScorer(config)
+        case SelfJudgeScorerConfig():
+            return SelfJudgeScorer(config)
+
+
+def is_quick(config: ScorerConfig) -> bool:
+    """Whether it scores a whole vocabulary in seconds: local, and without a model of its own."""
+    kinds = set(kinds_of(config)) - _COMBINED
+    if isinstance(config, FunctionScorerConfig):
+        return config.in_flight == 1
+    return kinds <= _QUICK
 
 
 def score_all(scorer: Scorer, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
@@ -62,23 +129,34 @@ def score_all(scorer: Scorer, prompts: Sequence[str], completions: Sequence[str]
     Raises:
         ScorerError: naming the scorer and the first sample without a valid score.
     """
-    assert len(prompts) == len(completions)
-    if not completions:
-        return []
-    try:
-        results = scorer.score(prompts, completions)
-    except ScorerError:
-        raise
-    except Exception as error:
-        raise ScorerError(
-            f"the scorer {scorer.name} failed: {type(error).__name__}: {error}"
-        ) from error
-    if len(results) != len(completions):
-        raise ScorerError(wrong_count(scorer.name, len(results), len(completions)))
-    return [
-        _value(scorer, index, completion, result)
-        for index, (completion, result) in enumerate(zip(completions, results, strict=True))
-    ]
+    scores = []
+    for index, result in enumerate(valid(scorer, prompts, completions)):
+        if isinstance(result, ScoreFailure):
+            text = completions[index]
+            excerpt = repr(text if len(text) <= 60 else text[:57] + "...")
+            raise ScorerError(
+                f"the scorer {scorer.name} gave no score for sample {index} ({excerpt}): "
+                f"{result.error}"
+            )
+        scores.append(result.value)
+    return scores
+
+
+def probed(config: ScorerConfig, scores: Path | None = None, rank: int = 0) -> Scorer:
+    """A scorer that has given two fixed strings a score, with a memory where that pays.
+
+    Args:
+        config: the scorer's section.
+        scores: the run's folder for scores; None where there is no run.
+        rank: whose file there is written to.
+
+    Raises:
+        ScorerError: when it cannot be loaded or gives no score.
+        ModelError: when a model that it needs is missing.
+    """
+    scorer = remembering(build_scorer(config), config, scores, rank)
+    probe(scorer)
+    return scorer
 
 
 def probe(scorer: Scorer) -> None:
@@ -88,15 +166,3 @@ def probe(scorer: Scorer) -> None:
         ScorerError: if it fails.
     """
     score_all(scorer, _PROBES, _PROBE_COMPLETIONS)
-
-
-def _value(scorer: Scorer, index: int, completion: str, result: Score | ScoreFailure) -> float:
-    excerpt = repr(completion if len(completion) <= 60 else completion[:57] + "...")
-    sample = f"sample {index} ({excerpt})"
-    if isinstance(result, ScoreFailure):
-        raise ScorerError(f"the scorer {scorer.name} gave no score for {sample}: {result.error}")
-    if not (math.isfinite(result.value) and 0 <= result.value <= 1):
-        raise ScorerError(
-            f"the scorer {scorer.name} gave {result.value} for {sample}; a score must lie in [0, 1]"
-        )
-    return result.value

@@ -1,7 +1,10 @@
-"""A Python function of the user's: `function(prompts, completions) -> list[float]`."""
+"""A Python function of the user's: `function(prompts, completions, **columns) -> list[float]`."""
 
+import asyncio
 import hashlib
+import importlib
 import importlib.util
+import inspect
 import numbers
 import sys
 import traceback
@@ -12,28 +15,39 @@ from types import ModuleType
 
 import numpy as np
 
+from constrained_ft.config import FunctionScorerConfig
 from constrained_ft.errors import ScorerError
 from constrained_ft.scorers.protocol import Score, ScoreFailure
 
 
 class FunctionScorer:
-    """Calls a function out of a file; the file is run once, when the scorer is built."""
+    """Calls a function of a file or a module, which is run once, when the scorer is built.
 
-    def __init__(self, path: str, in_flight: int = 1) -> None:
-        self._in_flight = in_flight
-        filename, _, function = path.rpartition(":")
-        self._file = Path(filename).expanduser().resolve()
-        if not self._file.is_file():
-            raise ScorerError(f"constraint.scorer.path={path}: there is no file {self._file}")
-        source = self._file.read_bytes()
-        self.name = f"function {path}"
-        self.version = hashlib.sha256(source).hexdigest()[:16]
-        module = _module(self._file, self.version)
+    The function gets `prompts` and `completions` by name, and by position where it names its
+    arguments otherwise.
+    """
+
+    def __init__(self, config: FunctionScorerConfig) -> None:
+        """Find the function.
+
+        Raises:
+            ScorerError: if there is none, or what holds it cannot be imported.
+        """
+        self._in_flight = config.in_flight
+        place, _, function = config.path.rpartition(":")
+        where = f"constraint.scorer.path={config.path}"
+        module, self._file = _from_file(place, where) if place.endswith(".py") else _named(place)
+        self.name = f"function {config.path}"
+        source = self._file.read_bytes() if self._file is not None else b""
+        told = source + (b"" if config.version is None else config.version.encode())
+        self.version = hashlib.sha256(told).hexdigest()[:16]
         found: object = vars(module).get(function)
         if not callable(found):
             problem = "no function" if found is None else f"a {type(found).__name__} named"
-            raise ScorerError(f"constraint.scorer.path={path}: the file has {problem} {function!r}")
+            kind = "file" if place.endswith(".py") else "module"
+            raise ScorerError(f"{where}: the {kind} has {problem} {function!r}")
         self._function: Callable[..., object] = found
+        self._by_name = _takes_names(found)
 
     def score(
         self, prompts: Sequence[str], completions: Sequence[str]
@@ -49,19 +63,35 @@ class FunctionScorer:
     def _ask(
         self, prompts: Sequence[str], completions: Sequence[str]
     ) -> list[Score | ScoreFailure]:
+        given = list(prompts), list(completions)
         try:
-            results = self._function(list(prompts), list(completions))
+            results = (
+                self._function(prompts=given[0], completions=given[1])
+                if self._by_name
+                else self._function(*given)
+            )
+            if inspect.iscoroutine(results):
+                results = asyncio.run(results)
         except Exception as error:
             failure = ScoreFailure(f"the function raised {_summary(error, self._file)}")
             return [failure for _ in completions]
         if isinstance(results, np.ndarray):
             results = results.tolist()
         if not isinstance(results, list | tuple):
-            raise ScorerError(
-                f"the scorer {self.name} returned a {type(results).__name__}; it must return a "
-                "list of floats"
+            failure = ScoreFailure(
+                f"the function returned a {type(results).__name__}; it must return a list of floats"
             )
+            return [failure for _ in completions]
         return [_result(value) for value in results]
+
+
+def _takes_names(function: Callable[..., object]) -> bool:
+    """Whether it can be called as TRL calls a reward function, by keyword."""
+    try:
+        inspect.signature(function).bind(prompts=[], completions=[])
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _result(value: object) -> Score | ScoreFailure:
@@ -73,11 +103,13 @@ def _result(value: object) -> Score | ScoreFailure:
     return Score(float(value))
 
 
-def _module(file: Path, digest: str) -> ModuleType:
+def _from_file(filename: str, where: str) -> tuple[ModuleType, Path]:
+    file = Path(filename).expanduser().resolve()
+    if not file.is_file():
+        raise ScorerError(f"{where}: there is no file {file}")
     # A name of its own: a scorer called json.py must not replace another module.
-    name = (
-        f"constrained_ft_scorer_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}_{digest[:8]}"
-    )
+    keys = hashlib.sha256(str(file).encode()), hashlib.sha256(file.read_bytes())
+    name = "_".join(["constrained_ft_scorer", *(key.hexdigest()[:8] for key in keys)])
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
@@ -89,10 +121,25 @@ def _module(file: Path, digest: str) -> ModuleType:
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise ScorerError(f"cannot import {file}: {_summary(error, file)}") from error
-    return module
+    return module, file
 
 
-def _summary(error: BaseException, file: Path) -> str:
+def _named(name: str) -> tuple[ModuleType, Path | None]:
+    """A module that is installed, or stands in the folder where the command was given."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        raise ScorerError(
+            f"cannot import the module {name}: {_summary(error, None)}; install it, start cft in "
+            "the folder that holds it, or give a file: FILE.py:FUNCTION"
+        ) from error
+    return module, None if module.__file__ is None else Path(module.__file__)
+
+
+def _summary(error: BaseException, file: Path | None) -> str:
     """An error in one line, with the last line of the user's file that led to it."""
     text = " ".join(str(error).split())
     if isinstance(error, SyntaxError):

@@ -7,33 +7,51 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from constrained_ft.config import WordsScorerConfig
 from constrained_ft.errors import ScorerError
 from constrained_ft.resources import one_line, resolve_file
 from constrained_ft.scorers.protocol import Score, ScoreFailure
 
 
 class WordsScorer:
-    """Looks for whole words and phrases in the completion, whatever their case."""
+    """Looks for listed words and phrases in the completion."""
 
-    def __init__(self, words: Sequence[str]) -> None:
-        distinct = sorted({_folded(word) for word in words} - {""})
+    def __init__(self, words: Sequence[str], config: WordsScorerConfig) -> None:
+        """Build the search.
+
+        Args:
+            words: words and phrases; equal ones count once.
+            config: how they are matched.
+
+        Raises:
+            ScorerError: if there is no word.
+        """
+        self._fold = str.casefold if config.ignore_case else str
+        distinct = sorted({" ".join(self._fold(word).split()) for word in words} - {""})
         if not distinct:
             raise ScorerError(
                 "constraint.scorer.kind=words has an empty list: give `words`, a `path` with one "
                 "word a line, or a lower `min_severity`"
             )
-        self._pattern = _pattern(distinct)
+        self._pattern = _pattern(distinct, config)
         self.name = f"words ({len(distinct)} listed)"
-        self.version = hashlib.sha256("\n".join(distinct).encode()).hexdigest()[:16]
+        how = (config.whole_words, config.ignore_case, config.obfuscated)
+        told = "\n".join([repr(how), *distinct])
+        self.version = hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def score(
         self, prompts: Sequence[str], completions: Sequence[str]
     ) -> list[Score | ScoreFailure]:
         """0 where the completion holds a listed word, else 1."""
         return [
-            Score(0.0 if self._pattern.search(completion.casefold()) else 1.0)
+            Score(0.0 if self._pattern.search(self._fold(completion)) else 1.0)
             for completion in completions
         ]
+
+    def why(self, completion: str) -> str:
+        """The words that were found."""
+        found = dict.fromkeys(match[0] for match in self._pattern.finditer(self._fold(completion)))
+        return "no listed word" if not found else f"holds {', '.join(map(repr, found))}"
 
 
 def read_words(path: str, min_severity: float) -> list[str]:
@@ -96,12 +114,43 @@ def _csv_words(file: Path, min_severity: float) -> list[str]:
         return words
 
 
-def _pattern(words: Sequence[str]) -> re.Pattern[str]:
+def _pattern(words: Sequence[str], config: WordsScorerConfig) -> re.Pattern[str]:
     # Grouped by the first letter: far fewer alternatives are tried at each place.
     groups: dict[str, list[str]] = defaultdict(list)
+    written = _disguised if config.obfuscated else re.escape
     for word in words:
-        rest = r"\s+".join(re.escape(part) for part in word[1:].split(" "))
-        groups[word[0]].append(rest)
-    body = "|".join(f"{re.escape(first)}(?:{'|'.join(rests)})" for first, rests in groups.items())
+        first, rest = word[0], word[1:]
+        between = _BETWEEN if config.obfuscated and rest[:1].strip() else ""
+        parts = rest.split(" ")
+        groups[first].append(between + r"\s+".join(written(part) for part in parts))
+    body = "|".join(f"{written(first)}(?:{'|'.join(rests)})" for first, rests in groups.items())
+    if not config.whole_words:
+        return re.compile(body)
     # Not \b: a listed word may begin or end with a sign.
     return re.compile(rf"(?<!\w)(?:{body})(?!\w)")
+
+
+# Signs between letters, as in s.h.i.t or s h i t; a letter is no sign.
+_BETWEEN = r"[\W_]{0,2}"
+_LOOK_ALIKES = {
+    "a": "a@4",
+    "b": "b8",
+    "e": "e3",
+    "g": "g9",
+    "i": "i1!|",
+    "l": "l1|",
+    "o": "o0",
+    "s": "s$5",
+    "t": "t7+",
+    "u": "uv",
+    "z": "z2",
+}
+
+
+def _disguised(word: str) -> str:
+    """A pattern for a word with look-alike signs, repeated letters and signs between them."""
+    letters = []
+    for letter in word:
+        alike = _LOOK_ALIKES.get(letter.casefold(), "") + letter
+        letters.append(f"[{re.escape(alike)}]+" if letter.isalpha() else re.escape(letter))
+    return _BETWEEN.join(letters)

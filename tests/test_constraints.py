@@ -1,0 +1,306 @@
+"""Whole runs under several constraints, with scores that are missing, and towards a rate."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import SMALL, run, small_config, small_parts
+
+from constrained_ft import evaluate, metrics, preflight
+from constrained_ft.compose import compose
+from constrained_ft.distributed import StopRequest
+from constrained_ft.errors import Interrupted, MissingScoresError, ScorerError
+from constrained_ft.evaluate import Evaluation, GroupResult, Interval
+from constrained_ft.finetune import update_llm
+from constrained_ft.progress import Silent
+from constrained_ft.prompts import Prompt
+from constrained_ft.regimes import advice
+from constrained_ft.rollouts import Rollouts, label, with_scores
+from constrained_ft.run_folder import RunFolder
+from constrained_ft.scorers import build_scorer, score_all
+from constrained_ft.selfcheck import _LETTERS, _TRAINING, _WITHOUT_CORPUS
+from constrained_ft.tabular import every_completion, table_parts
+from constrained_ft.target import learn_target
+from constrained_ft.term_heads import measure_terms
+from constrained_ft.train import train
+
+TERMS = (
+    "constraint=several",
+    "constraint.terms.nontoxic.scorer={kind: letters, letter: e, at_most: 0}",
+    "constraint.terms.brief.scorer.unit=words",
+    "constraint.terms.brief.scorer.at_most=1",
+)
+
+
+# Several constraints ------------------------------------------------------------------------------
+
+
+def test_a_run_under_two_constraints_reports_both(tmp_path: Path) -> None:
+    config = small_config(*TERMS, "constraint.terms.brief.threshold=0.95")
+    folder = run(config, tmp_path / "run")
+    terms = config.constraint.all_terms()
+    scorers = {name: build_scorer(term.scorer) for name, term in terms.items()}
+    for number, row in enumerate(metrics.read(folder.metrics_file), start=1):
+        lines = folder.rollouts_file(number).read_text(encoding="utf-8").splitlines()
+        rollouts = [json.loads(line) for line in lines]
+        texts = [one["completion"] for one in rollouts]
+        prompts = [one["prompt"] for one in rollouts]
+        held = []
+        for name, scorer in scorers.items():
+            scores = torch.tensor(score_all(scorer, prompts, texts))
+            held.append(scores >= terms[name].satisfied_at)
+            satisfied = float(held[-1].float().mean())
+            assert row[f"term/{name}/satisfaction"] == pytest.approx(satisfied)
+        both = torch.stack(held).all(0)
+        assert row["rollouts/satisfaction"] == pytest.approx(float(both.float().mean()))
+        assert [one["satisfied"] for one in rollouts] == both.tolist()
+        assert row["term/brief/beta"] >= 0
+        assert all(math.isfinite(value) for value in row.values())
+    _, tuned = evaluate.load(folder.evaluation_file)
+    (group,) = tuned.groups.values()
+    assert set(group.terms) == {"nontoxic", "brief"}
+    assert group.satisfaction.mean <= min(one.mean for one in group.terms.values()) + 1e-9
+    _, table = evaluate.table([tuned])
+    assert [row[0].strip() for row in table if "of " in row[0]][:2] == ["of nontoxic", "of brief"]
+
+
+def foreseen(outside: float) -> dict[str, float]:
+    """Of two independent terms that the hidden states show; R is off by `outside`."""
+    config = small_config(*TERMS, "constraint.terms.nontoxic.labels=hard")
+    count, steps = 800, 4
+    hidden_NTD = torch.randn(count, steps, 8, generator=torch.Generator().manual_seed(0))
+    held_NJ = hidden_NTD[:, steps // 2, :2] > -0.3
+    prompts = tuple(
+        Prompt(id=str(i), text="", group="prompts", token_ids=(0,)) for i in range(count // 4)
+    )
+    rollouts = Rollouts(
+        prompts=prompts,
+        prompt_N=torch.arange(len(prompts)).repeat_interleave(4),
+        ids_NT=torch.zeros(count, steps, dtype=torch.long),
+        mask_NT=torch.ones(count, steps, dtype=torch.bool),
+        hidden_NTD=hidden_NTD,
+        texts=("",) * count,
+        iteration=1,
+    )
+    scores_NJ = held_NJ.float()
+    labeled = with_scores(rollouts, scores_NJ.T.tolist(), config.constraint)
+    joint_N = held_NJ.all(-1).float() * (1 - outside) + outside * (~held_NJ.all(-1)).float()
+    return measure_terms(labeled, joint_N[:, None].expand(count, steps), config)
+
+
+def test_the_heads_of_the_terms_foresee_them_and_bound_r() -> None:
+    well = foreseen(0.0)
+    assert well["term/nontoxic/auc"] > 0.9
+    assert well["term/brief/auc"] > 0.9
+    wrong = foreseen(1.0)
+    assert well["terms/product_gap"] < 0.3 < wrong["terms/product_gap"]
+    assert well["terms/outside_bounds"] < wrong["terms/outside_bounds"]
+    assert wrong["terms/outside_bounds"] > 0.5
+
+
+def test_a_run_with_solved_tilts_is_continued_to_the_same_weights(tmp_path: Path) -> None:
+    config = small_config(
+        *TERMS, "constraint.terms.brief.threshold=0.95", "trainer.target_rate=0.9"
+    )
+    straight = run(config, tmp_path / "straight")
+
+    class StopAfterOne(StopRequest):
+        def check(self) -> None:
+            if (tmp_path / "run" / "checkpoints" / "iteration_0001").exists():
+                raise Interrupted("stopped by a test")
+
+    folder = RunFolder(tmp_path / "run").start(config, ["cft", "train"])
+    with pytest.raises(Interrupted):
+        train(config, folder, Silent(), StopAfterOne())
+    folder.close()
+    folder = RunFolder(tmp_path / "run").resume(config, ["cft", "train"])
+    train(config, folder, Silent(), StopRequest())
+    folder.close()
+    for name in ("final/llm/model.safetensors", "final/auxiliary/auxiliary.safetensors"):
+        assert (straight.path / name).read_bytes() == (folder.path / name).read_bytes()
+    rates = [row["update/kl_weight"] for row in metrics.read(folder.metrics_file)]
+    assert rates == [row["update/kl_weight"] for row in metrics.read(straight.metrics_file)]
+    assert len(set(rates)) == 3
+
+
+# Scores that are missing --------------------------------------------------------------------------
+
+
+def failing(tmp_path: Path, rule: str) -> tuple[str, str]:
+    """Overrides for a scorer that gives None where a rule of Python says so."""
+    file = tmp_path / "failing.py"
+    file.write_text(
+        "CALLS = []\n"
+        "def score(prompts, completions):\n"
+        "    CALLS.append(completions)\n"
+        f"    return [None if {rule} else float('e' not in text) for text in completions]\n"
+    )
+    return "constraint=function", f"constraint.scorer.path={file}:score"
+
+
+def test_what_is_missing_is_left_out_of_every_rate(tmp_path: Path) -> None:
+    rule = "text and ord(text[-1]) % 8 == 0"
+    config = small_config(*failing(tmp_path, rule), "constraint.max_missing_rate=0.5")
+    folder = run(config, tmp_path / "run")
+    missing = 0
+    for number, row in enumerate(metrics.read(folder.metrics_file), start=1):
+        lines = folder.rollouts_file(number).read_text(encoding="utf-8").splitlines()
+        rollouts = [json.loads(line) for line in lines]
+        assert not any(
+            one["completion"] and ord(one["completion"][-1]) % 8 == 0 for one in rollouts
+        )
+        assert row["rollouts/missing"] == pytest.approx(1 - len(rollouts) / 40)
+        share = sum("e" not in one["completion"] for one in rollouts) / len(rollouts)
+        assert row["rollouts/satisfaction"] == pytest.approx(share)
+        missing += 40 - len(rollouts)
+    assert missing > 0
+    base, _ = evaluate.load(folder.evaluation_file)
+    (group,) = base.groups.values()
+    assert group.missing > 0
+    assert any("without a score" in row[0] for row in evaluate.table([base])[1])
+
+
+def test_too_many_missing_scores_stop_the_run_with_a_checkpoint(tmp_path: Path) -> None:
+    config = small_config(*failing(tmp_path, "len(CALLS) > 6"))
+    folder = RunFolder(tmp_path / "run").start(config, ["cft", "train"])
+    with pytest.raises(MissingScoresError) as caught:
+        train(config, folder, Silent(), StopRequest())
+    folder.close()
+    assert caught.value.exit_code == 4
+    assert "the function returned None" in str(caught.value)
+    assert "constraint.max_missing_rate=0.05" in str(caught.value)
+    assert list(folder.checkpoints.iterdir())
+    # Whoever mends the scorer goes on from there.
+    failing(tmp_path, "False")
+    folder = RunFolder(tmp_path / "run").resume(config, ["cft", "train"])
+    train(config, folder, Silent(), StopRequest())
+    assert folder.status()["iteration"] == 3
+    folder.close()
+
+
+def test_before_training_a_scorer_that_fails_is_no_run(tmp_path: Path) -> None:
+    config = small_config(*failing(tmp_path, "len(CALLS) > 2"))
+    folder = RunFolder(tmp_path / "run").start(config, ["cft", "train"])
+    with pytest.raises(ScorerError, match="before training: the scorer function") as caught:
+        train(config, folder, Silent(), StopRequest())
+    folder.close()
+    assert caught.value.exit_code == 3
+
+
+# How strictly -------------------------------------------------------------------------------------
+
+
+def satisfaction_of_table(*overrides: str) -> tuple[float, float]:
+    """The exact satisfaction of a table before and after training on the constraint alone."""
+    config = compose([*_TRAINING, *_WITHOUT_CORPUS, *overrides])
+    length = config.prompts.max_new_tokens
+    parts = table_parts(_LETTERS, length, config)
+    every = every_completion(parts.llm, length)
+    holds = label(every, parts.scorers, config.constraint).satisfied_N.double()
+
+    def rate() -> float:
+        ids_NT, mask_NT = every.ids_NT, every.mask_NT
+        stem = torch.zeros(len(ids_NT), 1, dtype=torch.long)
+        with torch.no_grad():
+            logits = parts.llm.module(input_ids=torch.cat([stem, ids_NT[:, :-1]], 1)).logits
+        logprobs = logits.double().log_softmax(-1).gather(-1, ids_NT[..., None])[..., 0]
+        return float((logprobs * mask_NT).sum(-1).exp() @ holds)
+
+    before = rate()
+    for iteration in range(1, config.trainer.iterations + 1):
+        target = learn_target(parts, config, parts.llm.frozen(), iteration)
+        update_llm(parts, target, config, iteration)
+    return before, rate()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "low", "high"),
+    [
+        ((), 0.99, 1.0),
+        (("constraint.threshold=0.9",), 0.895, 0.905),
+        (("constraint.labels=tilt", "constraint.target_mean=0.9"), 0.88, 0.92),
+    ],
+)
+def test_a_table_ends_where_it_is_asked_to(
+    overrides: tuple[str, ...], low: float, high: float
+) -> None:
+    before, after = satisfaction_of_table(*overrides)
+    assert before < 0.8
+    assert low < after < high
+
+
+# Regimes ------------------------------------------------------------------------------------------
+
+
+def measured(rate: float, quantiles: tuple[float, ...]) -> Evaluation:
+    at = Interval(mean=rate, low=rate, high=rate)
+    group: dict[str, Any] = dict.fromkeys(
+        ("satisfaction", "violation", "score", "expected_maximum", "any_violation"), at
+    )
+    group |= {"distinct_1": 1.0, "distinct_2": 1.0, "distinct_3": 1.0, "length": 8.0}
+    result = GroupResult(
+        prompts=50, samples=400, judge_violation=None, terms={}, missing=0, **group
+    )
+    return Evaluation(
+        model="base",
+        groups={"all": result},
+        perplexity={},
+        kl_to_base=None,
+        quantiles=quantiles,
+        seconds_per_score=0.001,
+        scorer="s",
+        judge=None,
+    )
+
+
+GRADED = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8)
+BINARY = (0.0,) * 8 + (1.0,)
+
+
+@pytest.mark.parametrize(
+    ("rate", "quantiles", "words"),
+    [
+        (0.5, GRADED, None),
+        (
+            0.005,
+            GRADED,
+            "rarely satisfied by the base model (0.5%); proposal: constraint.anneal=0.2",
+        ),
+        (0.005, BINARY, "prompts.samples_per_prompt=16 auxiliary.balanced=true"),
+        (0.995, tuple(reversed([1 - q for q in GRADED])), "nearly always satisfied"),
+        (0.995, BINARY, "prompts.samples_per_prompt=16 auxiliary.balanced=true"),
+    ],
+)
+def test_the_regime_is_noticed_and_a_setting_proposed(
+    rate: float, quantiles: tuple[float, ...], words: str | None
+) -> None:
+    config = compose([*SMALL, "constraint=letters"])
+    said = advice(measured(rate, tuple(sorted(quantiles))), config)
+    assert (said is None) if words is None else (said is not None and words in said)
+    if said is not None:
+        # What is proposed composes, and then nothing more is said of it.
+        compose([*SMALL, "constraint=letters", *said.partition("proposal: ")[2].split()])
+
+
+def test_a_stricter_bar_is_that_of_the_worst_tenth() -> None:
+    config = compose([*SMALL, "constraint=letters"])
+    quantiles = (0.6, 0.7, 0.8123, 0.85, 0.9, 0.95, 0.99, 1.0, 1.0)
+    said = advice(measured(0.999, quantiles), config)
+    assert said is not None
+    assert said.endswith("proposal: constraint.satisfied_at=0.813")
+
+
+def test_a_constraint_that_never_holds_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    config = small_config(
+        "constraint=regex",
+        "constraint.scorer.pattern=never-ever",
+        "constraint.scorer.must=contain",
+    )
+    folder = RunFolder(tmp_path / "run").start(config, ["cft", "train"])
+    parts = small_parts(config)
+    with pytest.raises(ScorerError, match="in 0 of 40 probe samples"):
+        preflight.look_before(parts, config, folder)
+    folder.close()
