@@ -146,7 +146,7 @@ def fit(
 ) -> None:
     """Train a linear probe on sentence embeddings from labelled rows."""
     from constrained_ft.cli.display import make_display
-    from constrained_ft.config import EmbeddingScorerConfig
+    from constrained_ft.scorer_config import EmbeddingScorerConfig
 
     given = ["constraint=embedding", "constraint.scorer.references=[none]", *(overrides or ())]
     scorer = _config(given, config_dir).constraint.scorer

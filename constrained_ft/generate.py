@@ -13,7 +13,7 @@ from constrained_ft.prompts import check_prompt_lengths, tokenise_prompts
 from constrained_ft.randomness import seed_for
 from constrained_ft.rollouts import Rollouts, sample
 from constrained_ft.run_folder import RunFolder
-from constrained_ft.scorers import probed, score_all
+from constrained_ft.scorers import least_scores, probed
 
 _NEW_TOKENS = 64  # of a model that is no run
 _SAMPLER = SamplerConfig(kind="cft", batch_size=64)
@@ -87,8 +87,7 @@ def generate_command(  # noqa: PLR0913
     return [row | {"score": score} for row, score in zip(rows, _scores(run, rollouts), strict=True)]
 
 
-def _scores(run: RunFolder, rollouts: Rollouts) -> list[float]:
+def _scores(run: RunFolder, rollouts: Rollouts) -> list[float | None]:
     terms = run.config().constraint.all_terms().values()
     scorers = [probed(term.scorer) for term in terms]
-    said = [score_all(scorer, rollouts.prompt_texts, rollouts.texts) for scorer in scorers]
-    return [min(scores) for scores in zip(*said, strict=True)]
+    return least_scores(scorers, rollouts.prompt_texts, rollouts.texts)

@@ -83,12 +83,11 @@ def verdict(
     for j, beta in enumerate(betas):
         if beta is not None:
             labels_N = labels_N * equations.tilt_labels(statistics_NJ[:, j], beta)
-    squares = float(labels_N.square().sum())
     return Verdict(
         satisfied_NJ=satisfied_NJ,
         labels_N=labels_N,
         settled=Settled(betas=betas, bars=bars),
-        effective=float(labels_N.sum()) ** 2 / squares if squares > 0 else 0.0,
+        effective=_effective(labels_N),
     )
 
 
@@ -116,7 +115,7 @@ def solve_tilts(
         before = dict(betas)
         for j in columns:
             others = weights * torch.stack(
-                [((statistics[:, k] - 1) * betas[k]).exp() for k in columns if k != j]
+                [equations.tilt_labels(statistics[:, k], betas[k]) for k in columns if k != j]
                 or [torch.ones_like(weights)]
             ).prod(0)
             mean = means[j]
@@ -128,18 +127,13 @@ def solve_tilts(
 
 
 def _solve_one(statistic: Tensor, weights: Tensor, mean: float) -> float:
-    def tilted(beta: float) -> Tensor:
-        return weights * ((statistic - 1) * beta).exp()
+    """As `equations.solve_tilt`, but with weights, and held where few samples are left."""
+    least = min(LEAST_EFFECTIVE, float(len(weights)))
 
     def carries(beta: float) -> bool:
         """Whether beta is not too strong: not past the mean, and enough samples left."""
-        w = tilted(beta)
-        total, squares = float(w.sum()), float(w.square().sum())
-        if total <= 0:
-            return False
-        effective = total * total / squares
-        least = min(LEAST_EFFECTIVE, float(len(w)))
-        return float((w * statistic).sum()) / total < mean and effective >= least
+        tilted = weights * equations.tilt_labels(statistic, beta)
+        return _effective(tilted) >= least and float(tilted @ statistic / tilted.sum()) < mean
 
     if not carries(0.0):
         return 0.0
@@ -150,11 +144,19 @@ def _solve_one(statistic: Tensor, weights: Tensor, mean: float) -> float:
     return low
 
 
+def _effective(weights_N: Float[Tensor, " N"]) -> float:
+    """Completions that carry a weighted sum; 0 where no weight is above 0."""
+    if not bool((weights_N > 0).any()):
+        return 0.0
+    return float(equations.effective_sample_size(weights_N.log()))
+
+
 def _bar(scores_N: Float[Tensor, " N"], term: TermConfig) -> float:
-    """`satisfied_at`, or less while too few reach it."""
-    if term.anneal is None or len(scores_N) == 0:
+    """`satisfied_at`, or less while too few reach it; the worst score of all is never enough."""
+    better_N = scores_N[scores_N > scores_N.min()] if len(scores_N) else scores_N
+    if term.anneal is None or len(better_N) == 0:
         return term.satisfied_at
-    best = scores_N.double().quantile(1 - term.anneal)
+    best = max(scores_N.double().quantile(1 - term.anneal), better_N.min().double())
     return min(term.satisfied_at, float(best))
 
 

@@ -11,7 +11,7 @@ from constrained_ft.auxiliary import Auxiliary, vocabulary_prior
 from constrained_ft.config import Config, GuardConfig
 from constrained_ft.corpus import Corpus, load_corpus
 from constrained_ft.distributed import StopRequest, World, pack, unpack
-from constrained_ft.errors import DivergedError
+from constrained_ft.errors import DivergedError, ScorerError
 from constrained_ft.llm import LLM
 from constrained_ft.loading import load_context_length, load_llm, load_tokenizer
 from constrained_ft.memory import update_fits
@@ -21,7 +21,8 @@ from constrained_ft.progress import Display
 from constrained_ft.prompts import Prompts, load_prompts
 from constrained_ft.randomness import seed_for
 from constrained_ft.rollouts import LabeledRollouts
-from constrained_ft.scorers import Score, Scorer, is_quick, probed, score_all, valid
+from constrained_ft.scorer_config import is_quick
+from constrained_ft.scorers import Scorer, least_scores, probed
 from constrained_ft.sources import check_sources
 
 KL_TOLERANCE = 1e-5  # a KL is below zero by no more than this, nats a token
@@ -179,13 +180,13 @@ def _scores_of_texts(texts: Sequence[str], scorers: Sequence[Scorer], world: Wor
     """
     found: list[float] = []
     if world.leads:
-        asked = [""] * len(texts)
-        nothing = min(score_all(scorer, asked[:1], texts[:1])[0] for scorer in scorers)
-        said = [valid(scorer, asked, texts) for scorer in scorers]
-        found = [
-            min([one.value for one in row if isinstance(one, Score)], default=nothing)
-            for row in zip(*said, strict=True)
-        ]
+        nothing, *scores = least_scores(scorers, [""] * len(texts), texts)
+        if nothing is None:
+            raise ScorerError(
+                f"{' or '.join(one.name for one in scorers)} gives the empty text no score, which "
+                "the vocabulary's scores are compared with; use auxiliary.vocabulary_prior=false"
+            )
+        found = [nothing, *(nothing if score is None else score for score in scores)]
     _, told = unpack(world.tell(pack({}, found)))
     assert isinstance(told, list)
     return told

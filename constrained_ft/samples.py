@@ -14,7 +14,7 @@ from constrained_ft.prompts import Prompt
 from constrained_ft.randomness import seed_for
 from constrained_ft.rollouts import LabeledRollouts, sample
 from constrained_ft.run_folder import RunFolder
-from constrained_ft.scorers import Score, Scorer, valid
+from constrained_ft.scorers import least_scores
 from constrained_ft.target import Target
 
 _PROMPTS = 2  # of each group
@@ -84,10 +84,7 @@ def _rows(
     # One call: a scorer that waits for a server is waited for once.
     questions = [prompt.text for prompt in prompts] * len(texts)
     asked = [text for said in texts.values() for text in said]
-    found = [
-        None if None in row else min(score for score in row if score is not None)
-        for row in zip(*(_scores(one, questions, asked) for one in parts.scorers), strict=True)
-    ]
+    found = least_scores(parts.scorers, questions, asked)
     count = len(prompts)
     scores = {name: found[i * count : (i + 1) * count] for i, name in enumerate(texts)}
     return [
@@ -96,13 +93,6 @@ def _rows(
         | {"scores": {name: values[i] for name, values in scores.items()}}
         for i, prompt in enumerate(prompts)
     ]
-
-
-def _scores(
-    scorer: Scorer, prompts: Sequence[str], completions: Sequence[str]
-) -> list[float | None]:
-    results = valid(scorer, prompts, completions)
-    return [one.value if isinstance(one, Score) else None for one in results]
 
 
 def _write_rollouts(folder: RunFolder, labeled: LabeledRollouts, scorer_version: str) -> None:

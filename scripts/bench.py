@@ -38,7 +38,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM  # noqa:
 
 from constrained_ft import equations  # noqa: E402
 from constrained_ft.compose import compose  # noqa: E402
-from constrained_ft.config import Config, FunctionScorerConfig, HttpScorerConfig  # noqa: E402
+from constrained_ft.config import Config  # noqa: E402
 from constrained_ft.decoding import decode  # noqa: E402
 from constrained_ft.distributed import StopRequest, World, default_device  # noqa: E402
 from constrained_ft.finetune import backward_of_step, update_llm  # noqa: E402
@@ -50,6 +50,7 @@ from constrained_ft.optimization import build_optimization  # noqa: E402
 from constrained_ft.parts import Parts, build_parts  # noqa: E402
 from constrained_ft.progress import Silent  # noqa: E402
 from constrained_ft.rollouts import sample  # noqa: E402
+from constrained_ft.scorer_config import FunctionScorerConfig, HttpScorerConfig  # noqa: E402
 from constrained_ft.scorers import build_scorer, score_all  # noqa: E402
 from constrained_ft.scoring import Scoring  # noqa: E402
 from constrained_ft.target import Target, learn_target  # noqa: E402
@@ -606,34 +607,27 @@ def service_rows(_: str | None) -> list[Ratio]:
             return seconds, sum(service.seen.values()) / TEXTS
 
     @lru_cache
-    def both(batch: int) -> tuple[float, float]:
+    def measured(batch: int) -> tuple[float, float]:
         (slow, calls), (quick, _) = asked(batch, faulty=True), asked(batch, faulty=False)
         return slow / quick, calls
 
-    rows = []
-    for batch in (1, 16):
-        name = f"a service that fails 46 % of the time, {batch} texts a request"
-        rows.append(
-            Ratio(
-                name=f"{name}: time / without faults",
-                ours=None,
-                theirs=None,
-                value=partial(lambda b: both(b)[0], batch),
-                must=1.25,
-                aim=1.25,
-            )
+    def both(batch: int, place: int) -> float:
+        return measured(batch)[place]
+
+    what = "a service that fails 46 % of the time"
+    return [
+        Ratio(name=name, ours=None, theirs=None, value=value, must=must, aim=aim)
+        for batch in (1, 16)
+        for name, value, must, aim in (
+            (f"{what}, {batch} a request: time / without", partial(both, batch, 0), 1.25, 1.25),
+            (
+                f"{what}, {batch} a request: requests a text",
+                partial(both, batch, 1),
+                1.6,
+                1 / batch,
+            ),
         )
-        rows.append(
-            Ratio(
-                name=f"{name}: requests a text",
-                ours=None,
-                theirs=None,
-                value=partial(lambda b: both(b)[1], batch),
-                must=1.6,
-                aim=1.0 / batch,
-            )
-        )
-    return rows
+    ]
 
 
 GROUPS: dict[str, Callable[[str | None], list[Ratio]]] = {

@@ -16,8 +16,8 @@ import pytest
 from small import SMALL
 
 from constrained_ft.compose import compose
-from constrained_ft.config import HttpScorerConfig
 from constrained_ft.errors import ConfigError, ScorerError
+from constrained_ft.scorer_config import HttpScorerConfig
 from constrained_ft.scorers import Score, ScoreFailure, build_scorer, probe, score_all, valid
 
 ROOT = Path(__file__).parent.parent

@@ -9,9 +9,10 @@ from scipy.optimize import minimize
 
 from constrained_ft import equations
 from constrained_ft.compose import compose
-from constrained_ft.config import ConstraintConfig, LettersScorerConfig, TermConfig
+from constrained_ft.config import ConstraintConfig, TermConfig
 from constrained_ft.errors import ConfigError
 from constrained_ft.labels import LEAST_EFFECTIVE, solve_tilts, verdict
+from constrained_ft.scorer_config import LettersScorerConfig
 
 
 def term(**keys: Any) -> TermConfig:
@@ -110,6 +111,16 @@ def test_annealing_lowers_the_bar_until_enough_reach_it() -> None:
     # Other completions are judged by the bar of these.
     again = verdict(high, constraint, said.settled)
     assert bool((again.labels_N == 1).all())
+
+
+def test_annealing_never_takes_the_worst_for_good() -> None:
+    mostly_nothing = torch.zeros(100, 1)
+    mostly_nothing[:5] = 0.4  # fewer than the share that annealing asks for
+    said = verdict(mostly_nothing, single(satisfied_at=0.9, anneal=0.25))
+    assert said.settled.bars == pytest.approx((0.4,))
+    assert said.labels_N.sum() == 5
+    equal = verdict(torch.full((10, 1), 0.3), single(satisfied_at=0.9, anneal=0.25))
+    assert equal.labels_N.sum() == 0
 
 
 @pytest.mark.parametrize(

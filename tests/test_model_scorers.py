@@ -17,13 +17,13 @@ from transformers import (
     pipeline,
 )
 
-from constrained_ft.config import (
+from constrained_ft.errors import DataError, ModelError, ScorerError
+from constrained_ft.score import Item, fit_command
+from constrained_ft.scorer_config import (
     ClassifierScorerConfig,
     EmbeddingScorerConfig,
     SelfJudgeScorerConfig,
 )
-from constrained_ft.errors import DataError, ModelError, ScorerError
-from constrained_ft.score import Item, fit_command
 from constrained_ft.scorers import build_scorer, probe, score_all
 from constrained_ft.tiny import byte_tokenizer, tiny_model
 

@@ -15,12 +15,7 @@ from transformers import AutoModelForCausalLM, TopPLogitsWarper
 from constrained_ft import equations
 from constrained_ft.auxiliary import Auxiliary, FrozenAuxiliary
 from constrained_ft.compose import compose
-from constrained_ft.config import (
-    AuxiliaryConfig,
-    ConstraintConfig,
-    LettersScorerConfig,
-    SamplerConfig,
-)
+from constrained_ft.config import AuxiliaryConfig, ConstraintConfig, SamplerConfig
 from constrained_ft.decoding import Guide, decode, inverse_cdf, truncate
 from constrained_ft.distributed import StopRequest
 from constrained_ft.errors import Interrupted
@@ -31,6 +26,7 @@ from constrained_ft.prompts import Prompt
 from constrained_ft.randomness import generator_for
 from constrained_ft.resources import resolve_model
 from constrained_ft.rollouts import Rollouts, completion_hidden_states, label, sample
+from constrained_ft.scorer_config import LettersScorerConfig
 from constrained_ft.scorers import build_scorer
 
 PROMPTS = [prompt(text) for text in ("the cat sat", "a", "on and on it went, until")]

@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from constrained_ft.config import (
+from constrained_ft.errors import DataError, ScorerError
+from constrained_ft.scorer_config import (
     AllOfScorerConfig,
     AnyOfScorerConfig,
     EmbeddingScorerConfig,
@@ -28,15 +29,14 @@ from constrained_ft.config import (
     RegexScorerConfig,
     WeightedScorerConfig,
     WordsScorerConfig,
+    is_quick,
 )
-from constrained_ft.errors import DataError, ScorerError
 from constrained_ft.scorers import (
     CombinedScorer,
     Score,
     ScoreFailure,
     Scorer,
     build_scorer,
-    is_quick,
     probe,
     score_all,
     valid,

@@ -8,9 +8,8 @@ insists on every score.
 from collections.abc import Sequence
 from pathlib import Path
 
-from constrained_ft.config import (
-    AllOfScorerConfig,
-    AnyOfScorerConfig,
+from constrained_ft.errors import ScorerError
+from constrained_ft.scorer_config import (
     ClassifierScorerConfig,
     EmbeddingScorerConfig,
     FunctionScorerConfig,
@@ -18,18 +17,15 @@ from constrained_ft.config import (
     LengthScorerConfig,
     LettersScorerConfig,
     LinearScorerConfig,
-    NotScorerConfig,
     RegexScorerConfig,
     ScorerConfig,
     SelfJudgeScorerConfig,
     WeightedScorerConfig,
     WordsScorerConfig,
 )
-from constrained_ft.errors import ScorerError
 from constrained_ft.scorers.cache import (
     RememberingScorer,
     ScoreCache,
-    kinds_of,
     remembering,
     user_cache,
 )
@@ -57,7 +53,7 @@ __all__ = [
     "Scorer",
     "build_scorer",
     "cancel",
-    "is_quick",
+    "least_scores",
     "probe",
     "probed",
     "score_all",
@@ -67,8 +63,6 @@ __all__ = [
 
 _PROBES = ("The weather was", "This is")
 _PROBE_COMPLETIONS = (" fine all day.", " a test.")
-_QUICK = {WordsScorerConfig, LettersScorerConfig, RegexScorerConfig, LinearScorerConfig}
-_COMBINED = {AllOfScorerConfig, AnyOfScorerConfig, NotScorerConfig, WeightedScorerConfig}
 
 
 def build_scorer(config: ScorerConfig) -> Scorer:
@@ -115,14 +109,6 @@ def _with_a_model(
             return SelfJudgeScorer(config)
 
 
-def is_quick(config: ScorerConfig) -> bool:
-    """Whether it scores a whole vocabulary in seconds: local, and without a model of its own."""
-    kinds = set(kinds_of(config)) - _COMBINED
-    if isinstance(config, FunctionScorerConfig):
-        return config.in_flight == 1
-    return kinds <= _QUICK
-
-
 def score_all(scorer: Scorer, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
     """One score in [0, 1] for each completion.
 
@@ -140,6 +126,18 @@ def score_all(scorer: Scorer, prompts: Sequence[str], completions: Sequence[str]
             )
         scores.append(result.value)
     return scores
+
+
+def least_scores(
+    scorers: Sequence[Scorer], prompts: Sequence[str], completions: Sequence[str]
+) -> list[float | None]:
+    """The score of the scorer that is satisfied least; None where one gives none."""
+    said = [valid(scorer, prompts, completions) for scorer in scorers]
+    found: list[float | None] = []
+    for row in zip(*said, strict=True):
+        values = [one.value for one in row if isinstance(one, Score)]
+        found.append(min(values) if len(values) == len(row) else None)
+    return found
 
 
 def probed(config: ScorerConfig, scores: Path | None = None, rank: int = 0) -> Scorer:

@@ -17,20 +17,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from constrained_ft.config import (
-    AllOfScorerConfig,
-    AnyOfScorerConfig,
-    ClassifierScorerConfig,
-    EmbeddingScorerConfig,
-    FunctionScorerConfig,
-    HttpScorerConfig,
-    NotScorerConfig,
-    ScorerConfig,
-    SelfJudgeScorerConfig,
-    WeightedScorerConfig,
-)
 from constrained_ft.errors import ScorerError
 from constrained_ft.resources import cache_dir
+from constrained_ft.scorer_config import ScorerConfig, is_slow, kinds_of
 from constrained_ft.scorers.combined import cancel
 from constrained_ft.scorers.protocol import Score, ScoreFailure, Scorer, valid
 
@@ -197,22 +186,10 @@ def remembering(scorer: Scorer, config: ScorerConfig, folder: Path | None, rank:
     Raises:
         ScorerError: if a file cannot be opened.
     """
-    kinds = set(kinds_of(config))
-    if FunctionScorerConfig in kinds:
+    if "function" in kinds_of(config):
         if folder is None:
             return scorer
         own = folder / f"rank_{rank}.sqlite"
         others = [file for file in sorted(folder.glob("rank_*.sqlite")) if file != own]
         return RememberingScorer(scorer, ScoreCache(own, others))
-    slow = {ClassifierScorerConfig, EmbeddingScorerConfig, HttpScorerConfig, SelfJudgeScorerConfig}
-    return RememberingScorer(scorer, ScoreCache(user_cache())) if kinds & slow else scorer
-
-
-def kinds_of(config: ScorerConfig) -> Iterator[type]:
-    """The kind of a scorer and of all its parts."""
-    yield type(config)
-    if isinstance(
-        config, AllOfScorerConfig | AnyOfScorerConfig | NotScorerConfig | WeightedScorerConfig
-    ):
-        for part in config.of.values():
-            yield from kinds_of(part)
+    return RememberingScorer(scorer, ScoreCache(user_cache())) if is_slow(config) else scorer

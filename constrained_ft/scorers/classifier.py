@@ -1,23 +1,13 @@
 """A text classifier in the format of transformers: any `AutoModelForSequenceClassification`."""
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal
 
-import safetensors
 import torch
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForSequenceClassification
 
-from constrained_ft.config import ClassifierScorerConfig
-from constrained_ft.distributed import default_device
 from constrained_ft.errors import ScorerError
-from constrained_ft.resources import explain_model_failure, resolve_model
+from constrained_ft.scorer_config import ClassifierScorerConfig
+from constrained_ft.scorers.pretrained import load_pretrained, version_of
 from constrained_ft.scorers.protocol import Score, ScoreFailure
 
 
@@ -32,29 +22,20 @@ class ClassifierScorer:
             ScorerError: if it has no such label.
         """
         self._config = config
-        source = resolve_model(config.model_name_or_path, config.revision)
-        try:
-            self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                source, revision=config.revision
-            )
-            self._model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-                source,
-                revision=config.revision,
-                dtype=getattr(torch, config.dtype),
-                use_safetensors=True,
-                trust_remote_code=False,
-            )
-        except (OSError, ValueError, safetensors.SafetensorError) as error:
-            raise explain_model_failure(config.model_name_or_path, error) from error
-        self._device = chosen_device(config.device)
-        self._model.to(self._device).eval()
+        self._tokenizer, self._model = load_pretrained(
+            AutoModelForSequenceClassification,
+            config.model_name_or_path,
+            config.revision,
+            dtype=getattr(torch, config.dtype),
+            device=config.device,
+        )
         # A tokenizer without marks of its own makes nothing of an empty text.
         self._nothing = "" if self._tokenizer("")["input_ids"] else "."
         self._places = self._label_places()
         shown = ", ".join(config.labels)
         self.name = f"hf {config.model_name_or_path} ({config.higher_is} by {shown})"
         settings = config.model_dump_json(exclude={"batch_size", "device", "model_name_or_path"})
-        self.version = version_of(source, self._model, settings)
+        self.version = version_of(config.model_name_or_path, config.revision, settings)
 
     def _label_places(self) -> list[int]:
         known = {str(name): int(i) for i, name in (self._model.config.id2label or {}).items()}
@@ -84,7 +65,7 @@ class ClassifierScorer:
                 truncation=True,
                 max_length=self._config.max_length,
                 return_tensors="pt",
-            ).to(self._device)
+            ).to(self._model.device)
             logits_BL = self._model(**inputs).logits.float()
             for i, probability in zip(rows, self._probabilities(logits_BL), strict=True):
                 found[i] = probability
@@ -110,27 +91,3 @@ class ClassifierScorer:
         else:
             found_B = logits_BL.softmax(-1)[:, self._places].sum(-1)
         return found_B.clamp(0, 1).tolist()
-
-
-def chosen_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The device that a scorer's own model stands on.
-
-    Raises:
-        ScorerError: if there is no such device.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ScorerError("constraint.scorer.device=cuda: torch sees no GPU here; use auto or cpu")
-    return default_device() if device == "auto" else torch.device(device)
-
-
-def version_of(source: str, model: PreTrainedModel, settings: str) -> str:
-    """Names exactly these weights and settings: the hub's commit, or a hash of the files."""
-    digest = hashlib.sha256(settings.encode())
-    commit: str | None = getattr(model.config, "_commit_hash", None)
-    if not Path(source).is_dir():
-        return f"{commit or 'unknown commit'} {digest.hexdigest()[:8]}"
-    for file in sorted(Path(source).iterdir()):
-        if file.suffix in {".safetensors", ".json", ".txt", ".model"}:
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()[:16]

@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel
 
-from constrained_ft.config import EmbeddingScorerConfig
 from constrained_ft.errors import ScorerError
-from constrained_ft.resources import explain_model_failure, resolve_model
-from constrained_ft.scorers.classifier import chosen_device, version_of
+from constrained_ft.scorer_config import EmbeddingScorerConfig
+from constrained_ft.scorers.pretrained import load_pretrained, version_of
 from constrained_ft.scorers.protocol import Score, ScoreFailure
 
 _WEIGHTS, _FACTS = "probe.safetensors", "probe.json"
@@ -88,26 +87,18 @@ class Embedder:
         """
         self._config = config
         assert config.model_name_or_path is not None
-        source = resolve_model(config.model_name_or_path, config.revision)
-        try:
-            self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                source, revision=config.revision
-            )
-            self._model: PreTrainedModel = AutoModel.from_pretrained(
-                source,
-                revision=config.revision,
-                dtype=torch.float32,
-                use_safetensors=True,
-                trust_remote_code=False,
-            )
-        except (OSError, ValueError, safetensors.SafetensorError) as error:
-            raise explain_model_failure(config.model_name_or_path, error) from error
+        self._tokenizer, self._model = load_pretrained(
+            AutoModel,
+            config.model_name_or_path,
+            config.revision,
+            dtype=torch.float32,
+            device=config.device,
+        )
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._tokenizer.padding_side = "right"
-        self._device = chosen_device(config.device)
-        self._model.to(self._device).eval()
-        self.version = version_of(source, self._model, f"{config.pooling} {config.max_length}")
+        settings = f"{config.pooling} {config.max_length}"
+        self.version = version_of(config.model_name_or_path, config.revision, settings)
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Float[Tensor, "N D"]:
@@ -124,7 +115,7 @@ class Embedder:
                 truncation=True,
                 max_length=self._config.max_length,
                 return_tensors="pt",
-            ).to(self._device)
+            ).to(self._model.device)
             states_NLD = self._model(**inputs).last_hidden_state.float()
             pooled_ND = self._pooled(states_NLD, inputs["attention_mask"])
             for i, vector_D in zip(rows, F.normalize(pooled_ND, dim=-1).cpu(), strict=True):

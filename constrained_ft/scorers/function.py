@@ -15,8 +15,8 @@ from types import ModuleType
 
 import numpy as np
 
-from constrained_ft.config import FunctionScorerConfig
 from constrained_ft.errors import ScorerError
+from constrained_ft.scorer_config import FunctionScorerConfig
 from constrained_ft.scorers.protocol import Score, ScoreFailure
 
 

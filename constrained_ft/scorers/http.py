@@ -22,8 +22,8 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from constrained_ft.config import HttpScorerConfig
 from constrained_ft.errors import ScorerError
+from constrained_ft.scorer_config import HttpScorerConfig
 from constrained_ft.scorers.protocol import Score, ScoreFailure
 
 if TYPE_CHECKING:

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Callable, Sequence
 
-from constrained_ft.config import LengthScorerConfig
 from constrained_ft.loading import load_tokenizer, plain_config
+from constrained_ft.scorer_config import LengthScorerConfig
 from constrained_ft.scorers.protocol import Score, ScoreFailure
 
 # An end sign, with quotes and brackets behind it, before a blank or the end of the text.

@@ -1,16 +1,14 @@
 """A local LLM judges: it is asked whether the constraint holds, and answers yes or no."""
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from constrained_ft.config import SelfJudgeScorerConfig
 from constrained_ft.errors import ScorerError
 from constrained_ft.loading import load_frozen, plain_config
 from constrained_ft.packing import pad_right
-from constrained_ft.resources import resolve_model
+from constrained_ft.scorer_config import SelfJudgeScorerConfig
+from constrained_ft.scorers.pretrained import version_of
 from constrained_ft.scorers.protocol import Score, ScoreFailure
 
 
@@ -40,12 +38,8 @@ class SelfJudgeScorer:
                 f"{config.model_name_or_path}; choose answers that differ at once"
             )
         self.name = f"llm_self {config.model_name_or_path.partition('#')[0]}"
-        source = Path(resolve_model(config.model_name_or_path, config.revision))
-        digest = hashlib.sha256(config.model_dump_json(exclude={"batch_size"}).encode())
-        for file in sorted(source.glob("*.safetensors")) if source.is_dir() else []:
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-        self.version = digest.hexdigest()[:16]
+        settings = config.model_dump_json(exclude={"batch_size"})
+        self.version = version_of(config.model_name_or_path, config.revision, settings)
 
     def _first_token(self, answer: str) -> int:
         ids = self._llm.tokenizer(answer, add_special_tokens=False)["input_ids"]

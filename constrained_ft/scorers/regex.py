@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 
-from constrained_ft.config import RegexScorerConfig
+from constrained_ft.scorer_config import RegexScorerConfig
 from constrained_ft.scorers.protocol import Score, ScoreFailure
 
 

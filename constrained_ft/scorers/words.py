@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from constrained_ft.config import WordsScorerConfig
 from constrained_ft.errors import ScorerError
 from constrained_ft.resources import one_line, resolve_file
+from constrained_ft.scorer_config import WordsScorerConfig
 from constrained_ft.scorers.protocol import Score, ScoreFailure
 
 
