@@ -1,9 +1,10 @@
 """Measure several models side by side: the same prompts, the same uniform numbers, one table."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +21,7 @@ from constrained_ft.named_models import ModelSource, base_model, final_model, fi
 from constrained_ft.progress import Display
 from constrained_ft.prompts import Prompt, check_prompt_lengths, load_prompts, read_prompts
 from constrained_ft.run_folder import RunFolder
-from constrained_ft.scorers import probed
+from constrained_ft.scorers import given_columns, probed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class _Material:
     """Prompts and held-out text in one model's tokens."""
 
     prompts: tuple[Prompt, ...]
+    columns: Mapping[str, Mapping[str, Any]]
     validation: tuple[Row, ...]
 
 
@@ -85,6 +87,7 @@ def evaluate_command(  # noqa: PLR0913
         if any(other.base == place for other in subjects):
             kept[place] = llm
         material = _material(config, llm.tokenizer, subject.source, prompts_file)
+        given_columns(scorers if judge is None else [*scorers, judge], material.columns)
         base = None if subject.base is None else kept[subject.base]
         display.phase(
             f"evaluating {subject.name}",
@@ -188,12 +191,12 @@ def _material(
     corpus = load_corpus(config.data, tokenizer)
     context = source.context_length()
     if prompts_file is None:
-        found = load_prompts(config.prompts, tokenizer, config.data, context).held_out
+        found = load_prompts(config.prompts, tokenizer, config.data, context)
     else:
-        found = read_prompts(str(prompts_file), tokenizer)
-        check_prompt_lengths(found, config.prompts.max_new_tokens, context)
-    chosen = evaluate.choose_prompts(found, config.evaluation.max_prompts)
-    return _Material(prompts=tuple(chosen), validation=corpus.validation)
+        found = read_prompts(str(prompts_file), tokenizer, columns=config.prompts.columns)
+        check_prompt_lengths(found.held_out, config.prompts.max_new_tokens, context)
+    chosen = evaluate.choose_prompts(found.held_out, config.evaluation.max_prompts)
+    return _Material(prompts=tuple(chosen), columns=found.columns, validation=corpus.validation)
 
 
 def _same_tokens(llm: FrozenLLM, base: FrozenLLM) -> bool:

@@ -206,6 +206,8 @@ class SourceConfig(Section):
     a path like `path`."""
     opening_words: int | None = Field(default=None, ge=1)
     """Use only the first words of each text (for prompts)."""
+    columns: tuple[str, ...] = ()
+    """Further columns of the rows, which scorer functions get by name (for prompts)."""
     repeat: int = Field(default=1, ge=1)
     """How often each training row comes up in one pass over the corpus (corpus only)."""
 
@@ -266,6 +268,8 @@ class PromptsConfig(Section):
     """Format of the file `path`."""
     text_column: str = "prompt"
     """Column that holds the prompt; `a.b` is the field b inside the column a."""
+    columns: tuple[str, ...] = ()
+    """Further columns of the rows, such as `answer`, which scorer functions get by name."""
     sources: dict[str, SourceConfig] = Field(default_factory=dict)
     """Several sources; each name becomes the group under which results are reported."""
     from_corpus: bool = False
@@ -276,6 +280,10 @@ class PromptsConfig(Section):
     """Prompts sampled in each iteration."""
     samples_per_prompt: int = Field(gt=0)
     """Completions sampled for each of them, n."""
+    candidates: int = Field(default=1, ge=1)
+    """Prompts looked at for each one sampled: the auxiliary chooses those whose completions it
+    expects to satisfy the constraint least. For constraints that hold nearly always; 1 takes the
+    prompts as they come."""
     max_new_tokens: int = Field(gt=0)
     """Longest completion, in tokens. The constraint judges the completion as it stands there."""
     held_out_share: float = Field(gt=0, lt=1)

@@ -22,7 +22,7 @@ from constrained_ft.prompts import Prompts, load_prompts
 from constrained_ft.randomness import seed_for
 from constrained_ft.rollouts import LabeledRollouts
 from constrained_ft.scorer_config import is_quick
-from constrained_ft.scorers import Scorer, least_scores, probed
+from constrained_ft.scorers import Scorer, given_columns, least_scores, probed
 from constrained_ft.sources import check_sources
 
 KL_TOLERANCE = 1e-5  # a KL is below zero by no more than this, nats a token
@@ -113,6 +113,7 @@ def build_parts(
     display.advance()
     context = load_context_length(config.llm)
     prompts = load_prompts(config.prompts, tokenizer, config.data, context)
+    given_columns(scorers if judge is None else [*scorers, judge], prompts.columns)
     display.advance()
     llm = load_llm(
         config.llm,

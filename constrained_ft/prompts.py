@@ -1,8 +1,9 @@
 """Prompts: read or cut out of the corpus, split by a hash, tokenised, and drawn by iteration."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -40,6 +41,8 @@ class Prompts:
 
     training: tuple[Prompt, ...]
     held_out: tuple[Prompt, ...]
+    columns: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What else the row of a prompt says, by its text, for scorer functions."""
 
     def of_iteration(self, iteration: int, count: int, seed: int) -> tuple[Prompt, ...]:
         """The prompts that are sampled in an iteration (counted from 1), `count` different ones.
@@ -101,19 +104,26 @@ def load_prompts(
             f"{len(training)} training prompts ({len(held_out)} are held out): lower it, or give "
             "more prompts"
         )
-    return Prompts(training=tuple(training), held_out=tuple(held_out))
+    return Prompts(training=tuple(training), held_out=tuple(held_out), columns=_columns(drafts))
 
 
 def read_prompts(
-    path: str, tokenizer: PreTrainedTokenizerBase, group: str = "file"
-) -> tuple[Prompt, ...]:
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    group: str = "file",
+    columns: Sequence[str] = (),
+) -> Prompts:
     """The different prompts of a file: one a line, or rows with a `prompt` (or `text`).
+
+    None of them is for training.
 
     Raises:
         DataError: if the file is missing, empty or malformed.
     """
-    source = SourceConfig(path=path, text_column="prompt")
-    return tuple(_prompts(file_prompts(group, source), tokenizer))
+    source = SourceConfig(path=path, text_column="prompt", columns=tuple(columns))
+    drafts = file_prompts(group, source)
+    prompts = tuple(_prompts(drafts, tokenizer))
+    return Prompts(training=(), held_out=prompts, columns=_columns(drafts))
 
 
 def tokenise_prompts(
@@ -199,6 +209,11 @@ def _prompts(drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase) -> lis
         )
         for draft, ids in zip(distinct, all_ids, strict=True)
     ]
+
+
+def _columns(drafts: Sequence[Draft]) -> dict[str, Mapping[str, Any]]:
+    """By the prompt; of equal ones the first counts."""
+    return {draft.text: draft.columns for draft in reversed(drafts) if draft.columns}
 
 
 def _epoch_order(total: int, count: int, seed: int, epoch: int) -> tuple[list[int], list[int]]:

@@ -4,7 +4,8 @@ Rows come as `text`, as `prompt` + `completion`, or as chat `messages`. Nothing 
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from constrained_ft.config import DataConfig, SourceConfig
@@ -63,6 +64,8 @@ class Draft:
     group: str
     rendered: bool
     """Written by the chat template, with its own special tokens."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """What else its row says and was asked for."""
 
 
 def grouped_records(config: DataConfig) -> dict[tuple[str, int], list[Record]]:
@@ -119,7 +122,9 @@ def file_prompts(name: str, source: SourceConfig) -> list[Draft]:
             continue
         if source.opening_words is not None:
             text = opening(text, source.opening_words)
-        drafts.append(Draft(text=text, group=_group(row, name, origin), rendered=False))
+        more = {column: _column(row, column, origin) for column in source.columns}
+        group = _group(row, name, origin)
+        drafts.append(Draft(text=text, group=group, rendered=False, columns=more))
     if not drafts:
         raise DataError(f"{name}: {source.path or source.name} has no prompts")
     return drafts
@@ -171,6 +176,13 @@ def _field(row: dict[str, Any], column: str) -> Any:
     head, _, rest = column.partition(".")
     inner = row.get(head)
     return _field(inner, rest) if rest and isinstance(inner, dict) else None
+
+
+def _column(row: dict[str, Any], column: str, origin: str) -> Any:
+    found = _field(row, column)
+    if found is None:
+        raise DataError(f"{origin} has no `{column}`, which `columns` asks for")
+    return found
 
 
 def _string(value: object, column: str, origin: str) -> str:

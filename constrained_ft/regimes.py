@@ -9,6 +9,7 @@ RARE, NEAR_CERTAIN = 0.02, 0.99
 _WANTED = 8  # completions of the rarer kind in an iteration
 _MOST = 4  # times the completions that there are: each costs time
 _BEST_SHARE = 0.2
+_CANDIDATES = 4
 _GRADED = 1e-3  # scores differ by more than this
 
 
@@ -38,8 +39,11 @@ def advice(base: Evaluation, config: Config) -> str | None:
     if RARE <= rate <= NEAR_CERTAIN or config.trainer.kl_weight == 0:
         return None
     overrides = _rare(base, config) if rate < RARE else _near_certain(base, config)
+    graded = bool(overrides)
+    if rate > NEAR_CERTAIN and config.prompts.candidates == 1:
+        overrides.append(f"prompts.candidates={_CANDIDATES}")
     have = config.prompts.prompts_per_iteration * config.prompts.samples_per_prompt
-    if not overrides and rarer > 0 and have * rarer < _WANTED:
+    if not graded and rarer > 0 and have * rarer < _WANTED:
         wanted = math.ceil(_WANTED / rarer / config.prompts.prompts_per_iteration)
         each = min(wanted, _MOST * config.prompts.samples_per_prompt)
         overrides.append(f"prompts.samples_per_prompt={each}")

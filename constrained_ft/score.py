@@ -6,8 +6,8 @@ file (one completion a line), or from a folder of such files, where a .txt file 
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from constrained_ft.scorers import (
     ScoreCache,
     Scorer,
     build_scorer,
+    given_columns,
     probed,
     user_cache,
     valid,
@@ -53,6 +54,8 @@ class Item:
     """Whether it satisfies the constraint, as far as a person said so."""
     where: str
     """The file and the row that it stands in."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """What else its row says."""
 
 
 def read_items(path: Path) -> list[Item]:
@@ -89,6 +92,7 @@ def run_command(items: Sequence[Item], config: Config, display: Display) -> list
     """
     terms = config.constraint.all_terms()
     scorers = {name: probed(term.scorer) for name, term in terms.items()}
+    given_columns(list(scorers.values()), _columns(items))
     display.phase("scoring", len(items))
     started = time.monotonic()
     answers: dict[str, list[Any]] = {name: [] for name in scorers}
@@ -119,6 +123,7 @@ def test_command(items: Sequence[Item], config: Config) -> list[list[str]]:
     """
     terms = config.constraint.all_terms()
     scorers = {name: build_scorer(term.scorer) for name, term in terms.items()}
+    given_columns(list(scorers.values()), _columns(items))
     rows: list[list[str]] = []
     for item in items:
         for name, scorer in scorers.items():
@@ -172,6 +177,7 @@ def calibrate_command(
     if config.constraint.scorer is None:
         raise ConfigError("calibrate one scorer at a time: constraint=OPTION with a `scorer`")
     scorer = probed(config.constraint.scorer)
+    given_columns([scorer], _columns(items))
     results = valid(scorer, [i.prompt for i in items], [i.completion for i in items])
     labels, values = _labelled(items, results)
     threshold = _threshold(values, labels, precision, recall)
@@ -247,6 +253,11 @@ def cache_command(*, clear: bool) -> dict[str, int]:
     return counts
 
 
+def _columns(items: Sequence[Item]) -> dict[str, Mapping[str, Any]]:
+    """What else rows say, by the prompt: for functions that want to know."""
+    return {item.prompt: item.columns for item in reversed(items) if item.columns}
+
+
 def _whole(file: Path) -> Item:
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -283,7 +294,8 @@ def _from_json(line: str, where: str) -> Item:
         if word not in _TRUE | _FALSE:
             raise DataError(f"{where} has the label {label!r}; 1 is satisfied, 0 is violated")
         label = word in _TRUE
-    return Item(prompt=prompt, completion=text, label=label, where=where)
+    more = {name: value for name, value in row.items() if name not in {"prompt", "completion"}}
+    return Item(prompt=prompt, completion=text, label=label, where=where, columns=more)
 
 
 def _row(item: Item, answers: dict[str, Any], terms: dict[str, TermConfig]) -> dict[str, object]:

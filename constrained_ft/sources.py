@@ -48,9 +48,9 @@ def sources_of(config: DataConfig | PromptsConfig, group: str) -> dict[str, Sour
     """The sources of a section; a shorthand is one source named `group`."""
     if config.sources or (config.path is None and config.name is None):
         return dict(config.sources)
-    shared = ("path", "name", "subset", "split", "format", "text_column", "skip_empty")
+    names = "path name subset split format text_column skip_empty columns"
     given = config.model_dump()
-    return {group: SourceConfig(**{key: given[key] for key in shared if key in given})}
+    return {group: SourceConfig(**{key: given[key] for key in names.split() if key in given})}
 
 
 def rows_of(name: str, source: SourceConfig) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -73,6 +73,7 @@ def rows_of(name: str, source: SourceConfig) -> Iterator[tuple[str, dict[str, An
 def _tables(name: str, source: SourceConfig) -> Iterator[tuple[str, str, dict[str, list[Any]]]]:
     """Origin, format and columns of each file of a source, or of its hub dataset."""
     wanted = [source.text_column, "text", "prompt", "completion", "messages", "group"]
+    wanted += source.columns
     if source.name is not None:
         yield source.name, "hub", _columns(_hub_table(source), wanted)
         return

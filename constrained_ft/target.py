@@ -25,6 +25,7 @@ from constrained_ft.distributed import StopRequest, World, pack, unpack
 from constrained_ft.fit import fit_auxiliary
 from constrained_ft.fused import Head, Labels, Tilt, expected_satisfaction, fused_losses
 from constrained_ft.llm import FrozenLLM
+from constrained_ft.mining import prompts_to_sample
 from constrained_ft.parts import KL_TOLERANCE, Parts
 from constrained_ft.progress import Display
 from constrained_ft.randomness import generator_for
@@ -206,9 +207,7 @@ def learn_auxiliary(
     """Sample from `reference`, score, and fit R to it; R is changed in place."""
     display: Display = parts.display
     stop: StopRequest = parts.stop
-    prompts = parts.prompts.of_iteration(
-        iteration, config.prompts.prompts_per_iteration, config.seed
-    )
+    prompts = prompts_to_sample(parts, config, reference, iteration)
     display.phase("sampling", len(prompts) * config.prompts.samples_per_prompt)
     constraint = config.constraint
     with Scoring(parts.scorers, parts.world, stop) as scoring:

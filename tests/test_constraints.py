@@ -290,7 +290,7 @@ def test_a_stricter_bar_is_that_of_the_worst_tenth() -> None:
     quantiles = (0.6, 0.7, 0.8123, 0.85, 0.9, 0.95, 0.99, 1.0, 1.0)
     said = advice(measured(0.999, quantiles), config)
     assert said is not None
-    assert said.endswith("proposal: constraint.satisfied_at=0.813")
+    assert said.endswith("proposal: constraint.satisfied_at=0.813 prompts.candidates=4")
 
 
 def test_a_constraint_that_never_holds_is_refused_with_what_to_do(tmp_path: Path) -> None:

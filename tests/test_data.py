@@ -561,7 +561,7 @@ def test_a_prompt_begins_like_a_text_and_does_not_end(tmp_path: Path) -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
     )
-    (prompt,) = read_prompts(str(tmp_path / "p.txt"), tokenizer)
+    (prompt,) = read_prompts(str(tmp_path / "p.txt"), tokenizer).held_out
     assert tokenizer.convert_ids_to_tokens(prompt.token_ids) == ["<s>", "a", "b", "c"]
 
 
@@ -621,10 +621,10 @@ def test_prompts_of_the_corpus_come_from_its_training_part(tmp_path: Path) -> No
 def test_prompt_files_are_lines_or_rows(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("one\ntwo\none\n")
     tokenizer = byte_tokenizer()
-    lines = read_prompts(str(tmp_path / "p.txt"), tokenizer)
+    lines = read_prompts(str(tmp_path / "p.txt"), tokenizer).held_out
     assert [(p.text, p.group) for p in lines] == [("one", "file"), ("two", "file")]
     rows = [{"prompt": "one"}, {"prompt": "two", "group": "mine"}]
-    read = read_prompts(write_jsonl(tmp_path / "p.jsonl", rows), tokenizer, group="given")
+    read = read_prompts(write_jsonl(tmp_path / "p.jsonl", rows), tokenizer, group="given").held_out
     assert [(p.text, p.group) for p in read] == [("one", "given"), ("two", "mine")]
     assert [p.id for p in read] == [p.id for p in lines]
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "one"}, {"question": "two"}])
@@ -632,3 +632,21 @@ def test_prompt_files_are_lines_or_rows(tmp_path: Path) -> None:
         read_prompts(bad, tokenizer)
     with pytest.raises(DataError, match="there is no file"):
         read_prompts(str(tmp_path / "nowhere.txt"), tokenizer)
+
+
+def test_columns_go_with_their_prompt(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    rows = [
+        {"prompt": "one", "answer": 1, "meta": {"level": "easy"}},
+        {"prompt": "two", "answer": 2, "meta": {"level": "hard"}},
+        {"prompt": "one", "answer": 3, "meta": {"level": "hard"}},
+    ]
+    file = write_jsonl(tmp_path / "p.jsonl", rows)
+    found = read_prompts(file, tokenizer, columns=["answer", "meta.level"])
+    assert [prompt.text for prompt in found.held_out] == ["one", "two"]
+    assert dict(found.columns["one"]) == {"answer": 1, "meta.level": "easy"}
+    assert dict(found.columns["two"]) == {"answer": 2, "meta.level": "hard"}
+    with pytest.raises(
+        DataError, match=r"row 1 of .*p\.jsonl has no `reply`, which `columns` asks"
+    ):
+        read_prompts(file, tokenizer, columns=["reply"])

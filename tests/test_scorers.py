@@ -37,7 +37,9 @@ from constrained_ft.scorers import (
     ScoreFailure,
     Scorer,
     build_scorer,
+    given_columns,
     probe,
+    probed,
     score_all,
     valid,
 )
@@ -377,6 +379,41 @@ def test_a_function_may_be_called_by_name_or_be_async(tmp_path: Path) -> None:
     assert scores(named("later"), ["a", "b"]) == [0.0, 0.0]
     assert score_all(named("by_name"), ["p", "p"], ["a", "b"]) == [1.0, 1.0]
     assert score_all(named("by_place"), ["a", "b"], ["b", "a"]) == [1.0, 0.0]
+
+
+def test_a_function_gets_the_columns_that_it_takes(tmp_path: Path) -> None:
+    (tmp_path / "f.py").write_text(
+        "def right(prompts, completions, answer, ignored=None, **more):\n"
+        "    assert ignored is None and set(more) == {'source'}\n"
+        "    return [float(a in c) for a, c in zip(answer, completions)]\n"
+        "def plain(prompts, completions):\n"
+        "    return [1.0 for _ in completions]\n"
+    )
+    section = {"kind": "function", "path": f"{tmp_path}/f.py:right"}
+    alone = FunctionScorerConfig.model_validate(section)
+    scorer = probed(alone)  # not asked yet: it has nothing to be asked with
+    (failure,) = valid(scorer, ["2 + 2 ="], [" 4"])
+    assert failure == ScoreFailure(
+        "the function needs answer; name the columns of your prompts that hold it: "
+        "prompts.columns=[answer]"
+    )
+    columns = {"2 + 2 =": {"answer": "4", "source": "a"}, "1 + 2 =": {"answer": "3", "source": "b"}}
+    prompts, texts = ["1 + 2 =", "2 + 2 =", "1 + 2 ="], [" 3", " 3", " 4"]
+    for config in (
+        alone,
+        AllOfScorerConfig.model_validate(
+            {
+                "kind": "all_of",
+                "of": {"right": section, "plain": section | {"path": f"{tmp_path}/f.py:plain"}},
+            }
+        ),
+    ):
+        for folder in (None, tmp_path / config.kind):  # with and without a memory
+            scorer = probed(config, folder)
+            given_columns([scorer], columns)
+            assert score_all(scorer, prompts, texts) == [1.0, 0.0, 0.0]
+    with pytest.raises(ScorerError, match="the function needs answer"):
+        given_columns([probed(alone)], {"2 + 2 =": {"source": "a"}})
 
 
 def test_a_function_of_a_module_is_found_where_the_command_was_given(

@@ -162,6 +162,12 @@ def test_a_matched_stale_reference_survives_a_stop(tmp_path: Path) -> None:
     assert_same(folder, run(config, tmp_path / "straight"))
 
 
+def test_a_stopped_run_mines_the_same_prompts(tmp_path: Path) -> None:
+    config = small_config("prompts.candidates=3")
+    folder, _ = resumed(config, tmp_path / "stopped", after=2)
+    assert_same(folder, run(config, tmp_path / "straight"))
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_named(
     straight: Mapping[tuple[str, bool], RunFolder], tmp_path: Path
 ) -> None:

@@ -30,7 +30,13 @@ from constrained_ft.scorers.cache import (
     user_cache,
 )
 from constrained_ft.scorers.classifier import ClassifierScorer
-from constrained_ft.scorers.combined import CombinedScorer, cancel
+from constrained_ft.scorers.combined import (
+    Columns,
+    CombinedScorer,
+    cancel,
+    give_columns,
+    needs_columns,
+)
 from constrained_ft.scorers.embedding import Embedder, EmbeddingScorer, Probe
 from constrained_ft.scorers.function import FunctionScorer
 from constrained_ft.scorers.http import HttpScorer
@@ -53,6 +59,7 @@ __all__ = [
     "Scorer",
     "build_scorer",
     "cancel",
+    "given_columns",
     "least_scores",
     "probe",
     "probed",
@@ -143,6 +150,8 @@ def least_scores(
 def probed(config: ScorerConfig, scores: Path | None = None, rank: int = 0) -> Scorer:
     """A scorer that has given two fixed strings a score, with a memory where that pays.
 
+    One that needs columns of prompts is not asked yet: `given_columns` does that.
+
     Args:
         config: the scorer's section.
         scores: the run's folder for scores; None where there is no run.
@@ -153,8 +162,22 @@ def probed(config: ScorerConfig, scores: Path | None = None, rank: int = 0) -> S
         ModelError: when a model that it needs is missing.
     """
     scorer = remembering(build_scorer(config), config, scores, rank)
-    probe(scorer)
+    if not needs_columns(scorer):
+        probe(scorer)
     return scorer
+
+
+def given_columns(scorers: Sequence[Scorer], columns: Columns) -> None:
+    """Give scorers what the rows of prompts say, and ask those that waited for it.
+
+    Raises:
+        ScorerError: when one of them gives no score.
+    """
+    for scorer in scorers:
+        give_columns(scorer, columns)
+        if needs_columns(scorer):
+            some = list(columns)[: len(_PROBES)] or list(_PROBES[:1])
+            score_all(scorer, some, _PROBE_COMPLETIONS[: len(some)])
 
 
 def probe(scorer: Scorer) -> None:

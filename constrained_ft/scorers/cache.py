@@ -20,7 +20,7 @@ from pathlib import Path
 from constrained_ft.errors import ScorerError
 from constrained_ft.resources import cache_dir
 from constrained_ft.scorer_config import ScorerConfig, is_slow, kinds_of
-from constrained_ft.scorers.combined import cancel
+from constrained_ft.scorers.combined import Columns, cancel, give_columns, needs_columns
 from constrained_ft.scorers.protocol import Score, ScoreFailure, Scorer, valid
 
 _TABLE = """CREATE TABLE IF NOT EXISTS scores (
@@ -163,6 +163,15 @@ class RememberingScorer:
     def cancel(self) -> None:
         """Return soon."""
         cancel(self._scorer)
+
+    @property
+    def needs_columns(self) -> bool:
+        """Whether the scorer does."""
+        return needs_columns(self._scorer)
+
+    def take_columns(self, columns: Columns) -> None:
+        """What is kept stays in the run's folder, and there a prompt has one row."""
+        give_columns(self._scorer, columns)
 
     def _key(self, prompt: str, completion: str) -> bytes:
         parts = json.dumps([self.name, self.version, prompt, completion])

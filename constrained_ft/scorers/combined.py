@@ -2,10 +2,11 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from constrained_ft.scorers.protocol import Score, ScoreFailure, Scorer, valid
 
+Columns = Mapping[str, Mapping[str, Any]]
 Combine = Callable[[Sequence[float]], float]
 
 
@@ -51,12 +52,34 @@ class CombinedScorer:
         for part in self.parts.values():
             cancel(part)
 
+    @property
+    def needs_columns(self) -> bool:
+        """Whether a part does."""
+        return any(needs_columns(part) for part in self.parts.values())
+
+    def take_columns(self, columns: Columns) -> None:
+        """Tell every part."""
+        for part in self.parts.values():
+            give_columns(part, columns)
+
 
 def cancel(scorer: Scorer) -> None:
     """Let a scorer that waits for something return soon; others are quick anyway."""
     stop = getattr(scorer, "cancel", None)
     if stop is not None:
         stop()
+
+
+def needs_columns(scorer: Scorer) -> bool:
+    """Whether a scorer cannot be asked before it was given columns."""
+    return bool(getattr(scorer, "needs_columns", False))
+
+
+def give_columns(scorer: Scorer, columns: Columns) -> None:
+    """Tell a scorer what else the rows of prompts say; few want to know."""
+    take = getattr(scorer, "take_columns", None)
+    if take is not None:
+        take(columns)
 
 
 def _combination(kind: str, weights: Sequence[float]) -> Combine:

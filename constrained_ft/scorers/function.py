@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from constrained_ft.errors import ScorerError
 from constrained_ft.scorer_config import FunctionScorerConfig
+from constrained_ft.scorers.combined import Columns
 from constrained_ft.scorers.protocol import Score, ScoreFailure
 
 
@@ -48,6 +50,8 @@ class FunctionScorer:
             raise ScorerError(f"{where}: the {kind} has {problem} {function!r}")
         self._function: Callable[..., object] = found
         self._by_name = _takes_names(found)
+        self._wanted, self._takes_any = _columns_of(found)
+        self._columns: Columns = {}
 
     def score(
         self, prompts: Sequence[str], completions: Sequence[str]
@@ -60,13 +64,35 @@ class FunctionScorer:
             found = threads.map(lambda pair: self._ask([pair[0]], [pair[1]]), pairs)
             return [result for one in found for result in one]
 
+    def take_columns(self, columns: Columns) -> None:
+        """What else the rows of prompts say."""
+        self._columns = columns
+
+    def _more(self, prompts: Sequence[str]) -> dict[str, list[Any]]:
+        """The columns that the function takes, an entry for each prompt."""
+        rows = [self._columns.get(prompt, {}) for prompt in prompts]
+        names = dict.fromkeys(name for row in rows for name in row)
+        return {
+            name: [row.get(name) for row in rows]
+            for name in names
+            if self._takes_any or name in self._wanted
+        }
+
     def _ask(
         self, prompts: Sequence[str], completions: Sequence[str]
     ) -> list[Score | ScoreFailure]:
         given = list(prompts), list(completions)
+        more = self._more(prompts)
+        lacking = [name for name, required in self._wanted.items() if required and name not in more]
+        if lacking and self._by_name:
+            failure = ScoreFailure(
+                f"the function needs {', '.join(lacking)}; name the columns of your prompts that "
+                f"hold it: prompts.columns=[{','.join(lacking)}]"
+            )
+            return [failure for _ in completions]
         try:
             results = (
-                self._function(prompts=given[0], completions=given[1])
+                self._function(prompts=given[0], completions=given[1], **more)
                 if self._by_name
                 else self._function(*given)
             )
@@ -84,14 +110,34 @@ class FunctionScorer:
             return [failure for _ in completions]
         return [_result(value) for value in results]
 
+    @property
+    def needs_columns(self) -> bool:
+        """Whether it cannot be asked about a text alone."""
+        return self._by_name and any(self._wanted.values())
+
 
 def _takes_names(function: Callable[..., object]) -> bool:
     """Whether it can be called as TRL calls a reward function, by keyword."""
     try:
-        inspect.signature(function).bind(prompts=[], completions=[])
+        inspect.signature(function).bind_partial(prompts=[], completions=[])
     except (TypeError, ValueError):
         return False
     return True
+
+
+def _columns_of(function: Callable[..., object]) -> tuple[dict[str, bool], bool]:
+    """The columns that it names, each with whether it is required, and whether it takes any."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return {}, False
+    named = {
+        one.name: one.default is one.empty
+        for one in parameters
+        if one.kind in {one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY}
+        and one.name not in {"prompts", "completions"}
+    }
+    return named, any(one.kind is one.VAR_KEYWORD for one in parameters)
 
 
 def _result(value: object) -> Score | ScoreFailure:

@@ -27,7 +27,8 @@ class Scorer(Protocol):
     """The constraint C(x, y).
 
     A scorer that may wait for long also has `cancel()`, which lets `score` return soon with
-    failures for what is not answered.
+    failures for what is not answered. One that wants more of a prompt's row than its text has
+    `take_columns(columns)`, which gives it that by the prompt's text.
     """
 
     @property

@@ -1,0 +1,69 @@
+"""Choose prompts whose completions are likely to violate the constraint.
+
+Where nearly every completion satisfies it, most prompts teach nothing. The auxiliary already says
+how likely the completions of a prompt are to satisfy: R(x), one step of expectation from the
+prompt, so that looking at a prompt costs a pass over it and no sampling. The prompts of an
+iteration are then those with the lowest R(x) among several times as many. The training objective
+becomes the mean over these; which prompts are drawn does not bias R, a function of the prompt.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from constrained_ft.auxiliary import FrozenAuxiliary
+from constrained_ft.config import Config
+from constrained_ft.distributed import pack, unpack
+from constrained_ft.fused import expected_satisfaction
+from constrained_ft.llm import FrozenLLM
+from constrained_ft.packing import Tree
+from constrained_ft.parts import Parts
+from constrained_ft.prompts import Prompt
+
+_PROMPTS = 64  # in one forward pass
+
+
+def prompts_to_sample(
+    parts: Parts, config: Config, reference: FrozenLLM, iteration: int
+) -> tuple[Prompt, ...]:
+    """The prompts of an iteration: as they come, or mined (`prompts.candidates`).
+
+    All ranks get the same ones. The first iteration, before R has seen anything, takes them as they
+    come.
+    """
+    count, seed = config.prompts.prompts_per_iteration, config.seed
+    looked_at = min(count * config.prompts.candidates, len(parts.prompts.training))
+    if looked_at == count or iteration == 1:
+        return parts.prompts.of_iteration(iteration, count, seed)
+    candidates = parts.prompts.of_iteration(iteration, looked_at, seed)
+    with parts.phases.during("mining"):
+        found = list(range(count))
+        if parts.world.leads:
+            log_satisfied_S = prompt_satisfaction(reference, parts.auxiliary.frozen(), candidates)
+            found = sorted(log_satisfied_S.argsort(stable=True)[:count].tolist())
+        if parts.world.size > 1:  # one decides: two devices need not round alike
+            _, chosen = unpack(parts.world.gather(pack({}, found))[0])
+            assert isinstance(chosen, list)
+            found = chosen
+    return tuple(candidates[i] for i in found)
+
+
+@torch.no_grad()
+def prompt_satisfaction(
+    reference: FrozenLLM, auxiliary: FrozenAuxiliary, prompts: tuple[Prompt, ...]
+) -> Float[Tensor, " S"]:
+    """log R(x) of prompts that nothing was sampled for."""
+    found = []
+    for start in range(0, len(prompts), _PROMPTS):
+        some = prompts[start : start + _PROMPTS]
+        packed = reference.pack([Tree(stem=prompt.token_ids) for prompt in some])
+        last_S = torch.stack([stem[-1] for stem in packed.stems]).to(reference.device)
+        hidden_SD = reference.packed_states(packed)[last_S].float()
+        # What the first token is, R at the first position does not read.
+        ids_S1 = torch.zeros(len(some), 1, dtype=torch.long, device=reference.device)
+        evidence = auxiliary.read_examples(hidden_SD[:, None], ids_S1, torch.ones_like(ids_S1) > 0)
+        guidance = auxiliary.table.guidance(
+            reference.head, hidden_SD, evidence.factors_NTR[:, 0], evidence.offset_NT[:, 0]
+        )
+        found.append(expected_satisfaction(guidance)[0])
+    return torch.cat(found)
