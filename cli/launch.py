@@ -350,7 +350,7 @@ def summary(config: "Config") -> dict[str, str]:
     rows = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
     sources = [config.data.path, config.data.name, *config.data.sources]
     asked = [prompts.path, prompts.name, *prompts.sources, "the corpus" * prompts.from_corpus]
-    constraint, judge = config.constraint, config.evaluation.judge
+    constraint, judges = config.constraint, config.evaluation.all_judges()
     return {
         "model": f"{llm.model_name_or_path.partition('#')[0]} ({weights})",
         "corpus": _words(sources),
@@ -363,7 +363,7 @@ def summary(config: "Config") -> dict[str, str]:
             f"threshold {term.threshold:g}, {term.labels} labels"
             for name, term in constraint.all_terms().items()
         ),
-        "judge": "none" if judge is None else judge.kind,
+        "judges": ", ".join(one.scorer.kind for one in judges.values()) or "none",
         "auxiliary": f"{config.auxiliary.kind}, rank {config.auxiliary.rank}",
         "schedule": f"{trainer.schedule}, {trainer.iterations} iterations x "
         f"{trainer.steps_per_iteration} = {steps:,} steps of {rows} rows",

@@ -34,6 +34,12 @@ def evaluate(
     samples_per_prompt: Annotated[
         int | None, typer.Option(min=2, help="Completions sampled for each prompt.")
     ] = None,
+    evaluation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="What is measured: quick, full; the run's own if left out."
+        ),
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Measure satisfaction, a judge that training never saw, and what became of the language."""
@@ -49,6 +55,7 @@ def evaluate(
             output=output,
             max_prompts=max_prompts,
             samples_per_prompt=samples_per_prompt,
+            evaluation=evaluation,
             seed=seed,
             display=display,
         )

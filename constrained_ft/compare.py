@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from constrained_ft import evaluate
+from constrained_ft import evaluate, paired
 from constrained_ft.compose import compose
 from constrained_ft.config import Config
 from constrained_ft.corpus import load_corpus
@@ -16,8 +16,10 @@ from constrained_ft.distributed import StopRequest
 from constrained_ft.encoding import Row
 from constrained_ft.errors import ConfigError
 from constrained_ft.evaluate import Evaluation
+from constrained_ft.fluency import require_sacrebleu
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.named_models import ModelSource, base_model, final_model, find_run, model_at
+from constrained_ft.paired import differences
 from constrained_ft.progress import Display
 from constrained_ft.prompts import Prompt, check_prompt_lengths, load_prompts, read_prompts
 from constrained_ft.run_folder import RunFolder
@@ -50,6 +52,7 @@ def evaluate_command(  # noqa: PLR0913
     output: Path | None,
     max_prompts: int | None,
     samples_per_prompt: int | None,
+    evaluation: str | None = None,
     seed: int,
     display: Display,
 ) -> list[Evaluation]:
@@ -61,11 +64,13 @@ def evaluate_command(  # noqa: PLR0913
         output: the JSON file.
         max_prompts: of each group; None takes the configured number, or all of `prompts_file`.
         samples_per_prompt: None takes the configured number.
+        evaluation: an option of the group `evaluation`; None takes the first run's section.
         seed: of the samples.
         display: what people watch.
 
     Raises:
-        ConfigError: when a run is not finished or the output cannot be written.
+        ConfigError: when a run is not finished, the option is unknown, or the output cannot be
+            written.
         DataError: when the prompts or the corpus cannot be used.
         ModelError: when a model is missing.
         ScorerError: when a score is missing or invalid.
@@ -73,13 +78,18 @@ def evaluate_command(  # noqa: PLR0913
     if output is not None:
         _check_output(output)
     runs = {target: run for target in targets if (run := find_run(target)) is not None}
-    config = _settings(runs, max_prompts, samples_per_prompt, seed, prompts_file)
+    config = _settings(runs, evaluation, seed)
+    config = _resized(config, max_prompts, samples_per_prompt, prompts_file)
     subjects = _subjects(targets, runs)
     for note in _warnings(config, runs, prompts_file):
         display.note(note)
     display.phase("loading", 1)
     scorers = [probed(term.scorer) for term in config.constraint.all_terms().values()]
-    judge = None if config.evaluation.judge is None else probed(config.evaluation.judge)
+    judges = {name: probed(one.scorer) for name, one in config.evaluation.all_judges().items()}
+    if config.evaluation.self_bleu:
+        require_sacrebleu()
+    other = config.evaluation.fluency_model
+    fluent = None if other is None else model_at(other).load()
     kept: dict[int, FrozenLLM] = {}
     evaluations: list[Evaluation] = []
     for place, subject in enumerate(subjects):
@@ -87,7 +97,7 @@ def evaluate_command(  # noqa: PLR0913
         if any(other.base == place for other in subjects):
             kept[place] = llm
         material = _material(config, llm.tokenizer, subject.source, prompts_file)
-        given_columns(scorers if judge is None else [*scorers, judge], material.columns)
+        given_columns([*scorers, *judges.values()], material.columns)
         base = None if subject.base is None else kept[subject.base]
         display.phase(
             f"evaluating {subject.name}",
@@ -99,8 +109,9 @@ def evaluate_command(  # noqa: PLR0913
                 material.prompts,
                 material.validation,
                 scorers,
-                judge,
+                judges,
                 config,
+                other=fluent,
                 model=subject.name,
                 base=base if base is not None and _same_tokens(llm, base) else None,
                 display=display,
@@ -109,8 +120,10 @@ def evaluate_command(  # noqa: PLR0913
         )
     title = "Held-out prompts and text" if prompts_file is None else f"Prompts of {prompts_file}"
     display.table(title, *evaluate.table(evaluations))
+    found = differences(evaluations)
+    display.table("The same prompts and random numbers", *paired.table(found))
     if output is not None:
-        evaluate.save(output, evaluations, config, prompts_file)
+        evaluate.save(output, evaluations, config, prompts_file, paired.plain(found))
         display.note(f"written to {output}")
     return evaluations
 
@@ -125,16 +138,23 @@ def _check_output(output: Path) -> None:
         raise ConfigError(f"--output {output}: cannot write to {existing}")
 
 
-def _settings(
-    runs: dict[str, RunFolder],
-    max_prompts: int | None,
-    samples_per_prompt: int | None,
-    seed: int,
-    prompts_file: Path | None,
-) -> Config:
-    """The first run's configuration, or the default one, with what the command line changes."""
+def _settings(runs: dict[str, RunFolder], evaluation: str | None, seed: int) -> Config:
+    """The first run's configuration, or the default one, with the evaluation asked for."""
     first = next(iter(runs.values()), None)
     config = compose(()) if first is None else first.config()
+    changes: dict[str, object] = {"seed": seed}
+    if evaluation is not None:
+        changes["evaluation"] = compose([f"evaluation={evaluation}"]).evaluation
+    return Config.model_validate(dict(config) | changes)
+
+
+def _resized(
+    config: Config,
+    max_prompts: int | None,
+    samples_per_prompt: int | None,
+    prompts_file: Path | None,
+) -> Config:
+    """With the numbers that the command line gives."""
     if max_prompts is None:
         # All prompts of a file were chosen by somebody already.
         max_prompts = config.evaluation.max_prompts if prompts_file is None else 2**31
@@ -142,7 +162,7 @@ def _settings(
     if samples_per_prompt is not None:
         changes["samples_per_prompt"] = samples_per_prompt
     evaluation = config.evaluation.model_copy(update=changes)
-    return config.model_copy(update={"seed": seed, "evaluation": evaluation})
+    return config.model_copy(update={"evaluation": evaluation})
 
 
 def _subjects(targets: Sequence[str], runs: dict[str, RunFolder]) -> list[_Subject]:

@@ -385,6 +385,15 @@ class PlacementConfig(Section):
     """Seconds that a rank waits for another before it gives up; longer than the longest phase."""
 
 
+class JudgeConfig(Section):
+    """A scorer that training never sees."""
+
+    scorer: ScorerConfig
+    """What it is, as in `constraint`."""
+    satisfied_at: Share = 0.5
+    """A completion counts as satisfied when its score is at least this."""
+
+
 class EvaluationConfig(Section):
     """What is measured before and after training, and by `cft evaluate`."""
 
@@ -392,14 +401,39 @@ class EvaluationConfig(Section):
     """A second scorer that training never sees; null for none."""
     judge_satisfied_at: Share
     """A completion counts as satisfied by the judge when its score is at least this."""
+    judges: dict[str, JudgeConfig] = Field(default_factory=dict)
+    """Further judges by name, each with a `scorer` and `satisfied_at`."""
     max_prompts: int = Field(gt=0)
     """Held-out prompts used, of each group."""
     samples_per_prompt: int = Field(gt=1)
     """Completions sampled for each prompt, k."""
     top_p: float = Field(gt=0, le=1)
     """Completions are sampled from the fewest tokens with this much probability; 1: from all."""
+    untruncated_samples: int = Field(default=0, ge=0)
+    """Where `top_p` is below 1: so many completions of each prompt are sampled from all tokens
+    besides, whose satisfaction is what training asks for. 0: none."""
+    by_prompt: bool = False
+    """Show prompts that violate the constraint themselves apart from those that do not."""
+    self_bleu: bool = False
+    """Measure how alike the completions of a prompt are (needs sacrebleu: the extra `eval`)."""
+    fluency_model: str | None = None
+    """A folder, file or hub id of a model that is not the base; `cft evaluate` measures the
+    perplexity of what is sampled under it too."""
     max_validation_rows: int = Field(gt=0)
     """Held-out corpus rows used for perplexity, of each group."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "EvaluationConfig":
+        if self.judge is not None and "judge" in self.judges:
+            raise ValueError("judges.judge: this is the name of evaluation.judge; take another")
+        return self
+
+    def all_judges(self) -> dict[str, JudgeConfig]:
+        """By name; `judge` itself is called so."""
+        first: dict[str, JudgeConfig] = {}
+        if self.judge is not None:
+            first["judge"] = JudgeConfig(scorer=self.judge, satisfied_at=self.judge_satisfied_at)
+        return first | self.judges
 
 
 class GuardConfig(Section):
@@ -465,12 +499,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _judge_is_independent(self) -> "Config":
-        judge = self.evaluation.judge
-        if judge is not None and any(
-            judge == term.scorer for term in self.constraint.all_terms().values()
-        ):
-            raise ValueError(
-                "evaluation.judge is the scorer that training uses, so it would judge itself; name "
-                "another one, or set evaluation.judge=null"
-            )
+        scorers = [term.scorer for term in self.constraint.all_terms().values()]
+        for name, judge in self.evaluation.all_judges().items():
+            if judge.scorer in scorers:
+                key = "judge" if name == "judge" else f"judges.{name}"
+                raise ValueError(
+                    f"evaluation.{key} is the scorer that training uses, so it would judge itself; "
+                    f"name another one, or set evaluation.{key}=null"
+                )
         return self

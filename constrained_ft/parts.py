@@ -12,6 +12,7 @@ from constrained_ft.config import Config, GuardConfig
 from constrained_ft.corpus import Corpus, load_corpus
 from constrained_ft.distributed import StopRequest, World, pack, unpack
 from constrained_ft.errors import DivergedError, ScorerError
+from constrained_ft.fluency import require_sacrebleu
 from constrained_ft.llm import LLM
 from constrained_ft.loading import load_context_length, load_llm, load_tokenizer
 from constrained_ft.memory import update_fits
@@ -37,7 +38,8 @@ class Parts:
     optimization: Optimization
     scorers: tuple[Scorer, ...]
     """One for each term of the constraint, in their order."""
-    judge: Scorer | None
+    judges: dict[str, Scorer]
+    """Scorers that training never asks, by name."""
     prompts: Prompts
     corpus: Corpus
     display: Display
@@ -105,15 +107,19 @@ def build_parts(
     display.phase("loading", 5)
     terms = config.constraint.all_terms().values()
     scorers = tuple(probed(term.scorer, scores, world.rank) for term in terms)
-    chosen = config.evaluation.judge
-    judge = None if chosen is None else probed(chosen, scores, world.rank)
+    judges = {
+        name: probed(judge.scorer, scores, world.rank)
+        for name, judge in config.evaluation.all_judges().items()
+    }
+    if config.evaluation.self_bleu:
+        require_sacrebleu()
     display.advance()
     tokenizer = load_tokenizer(config.llm)
     corpus = load_corpus(config.data, tokenizer)
     display.advance()
     context = load_context_length(config.llm)
     prompts = load_prompts(config.prompts, tokenizer, config.data, context)
-    given_columns(scorers if judge is None else [*scorers, judge], prompts.columns)
+    given_columns([*scorers, *judges.values()], prompts.columns)
     display.advance()
     llm = load_llm(
         config.llm,
@@ -131,7 +137,7 @@ def build_parts(
         auxiliary=auxiliary,
         optimization=build_optimization(llm, config.trainer),
         scorers=scorers,
-        judge=judge,
+        judges=judges,
         prompts=prompts,
         corpus=corpus,
         display=display,

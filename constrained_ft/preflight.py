@@ -79,7 +79,7 @@ def evaluate_held_out(
         prompts,
         parts.corpus.validation,
         parts.scorers,
-        parts.judge,
+        parts.judges,
         config,
         model=name,
         base=base,
@@ -138,7 +138,7 @@ def _announce(parts: Parts, config: Config, folder: RunFolder, base: evaluate.Ev
             "device": str(parts.llm.device),
             "trunk": "bfloat16" if parts.llm.bf16 else "float32",
             "scorer": base.scorer,
-            "judge": None if parts.judge is None else f"{parts.judge.name} {parts.judge.version}",
+            "judges": {name: f"{one.name} {one.version}" for name, one in parts.judges.items()},
         }
     )
 

@@ -194,7 +194,7 @@ def table_parts(letters: str, length: int, config: Config, rows: Sequence[Row] =
         auxiliary=build_auxiliary(config, llm, llm.tokenizer, scorers),
         optimization=build_optimization(llm, config.trainer),
         scorers=scorers,
-        judge=None,
+        judges={},
         prompts=Prompts(training=prompts, held_out=()),
         corpus=corpus_of(rows),
         display=Silent(),

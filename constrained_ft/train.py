@@ -5,7 +5,7 @@ Meng et al. 2024, arXiv:2410.05559. What each line means is in the module it cal
 
 import time
 
-from constrained_ft import checkpoint, equations, evaluate, metrics, phases
+from constrained_ft import checkpoint, equations, evaluate, metrics, paired, phases
 from constrained_ft.config import Config
 from constrained_ft.distributed import StopRequest, World
 from constrained_ft.errors import DivergedError
@@ -13,6 +13,7 @@ from constrained_ft.evaluate import Evaluation
 from constrained_ft.finetune import rows_after_first_step, update_llm
 from constrained_ft.loading import export, load_base
 from constrained_ft.memory import memory_line, peak_memory, release_freed
+from constrained_ft.paired import differences
 from constrained_ft.parts import Parts, build_parts
 from constrained_ft.placement import Done, Inline, Peers, Pending, divide
 from constrained_ft.preflight import evaluate_held_out, look_before, rehearse
@@ -162,8 +163,10 @@ def _finish(
         tuned = evaluate_held_out(parts, config, final, "tuned", before)
     evaluations = [base, tuned]
     if parts.everyone.leads:
-        evaluate.save(folder.evaluation_file, evaluations, config)
-    parts.display.table("Held-out prompts and text", *evaluate.table(evaluations))
+        found = differences(evaluations)
+        evaluate.save(folder.evaluation_file, evaluations, config, differences=paired.plain(found))
+        parts.display.table("Held-out prompts and text", *evaluate.table(evaluations))
+        parts.display.table("The same prompts and random numbers", *paired.table(found))
     _say_where_time_went(parts, folder)
     if isinstance(placement, Peers) and not placement.learns:
         parts.display.note(placement.advice())

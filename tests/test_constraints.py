@@ -240,10 +240,10 @@ def measured(rate: float, quantiles: tuple[float, ...]) -> Evaluation:
     group: dict[str, Any] = dict.fromkeys(
         ("satisfaction", "violation", "score", "expected_maximum", "any_violation"), at
     )
-    group |= {"distinct_1": 1.0, "distinct_2": 1.0, "distinct_3": 1.0, "length": 8.0}
-    result = GroupResult(
-        prompts=50, samples=400, judge_violation=None, terms={}, missing=0, **group
-    )
+    names = ("distinct_1", "distinct_2", "distinct_3", "length", "repetition", "empty")
+    group |= dict.fromkeys(names, 1.0)
+    group |= {name: {} for name in ("judges", "agreement", "violation_by_prompt", "terms")}
+    result = GroupResult(prompts=50, samples=400, missing=0, self_bleu=None, **group)
     return Evaluation(
         model="base",
         groups={"all": result},
@@ -252,7 +252,10 @@ def measured(rate: float, quantiles: tuple[float, ...]) -> Evaluation:
         quantiles=quantiles,
         seconds_per_score=0.001,
         scorer="s",
-        judge=None,
+        judges={},
+        apart={},
+        untruncated={},
+        said_perplexity={},
     )
 
 

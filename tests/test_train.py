@@ -304,7 +304,7 @@ def test_the_evaluation_is_that_of_the_samples(
         prompts,
         parts.corpus.validation,
         [scorer],
-        None,
+        {},
         config,
         model="tuned",
         base=None,
