@@ -317,10 +317,15 @@ class TrainerConfig(Section):
     KL(q* || LLM) per prompt. Plain text has no prompts: there, as many corpus tokens as a mean
     completion has count as one sequence, so lambda weighs nats per completion token against nats
     per corpus token. 0 is plain fine-tuning."""
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "tv"] = "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "tv", "accepted", "none"] = "forward_kl"
     """What pulls the LLM to q*. forward_kl: KL(q* || LLM), the method's and the fast one.
     reverse_kl: KL(LLM || q*), as in reinforcement learning; needs a threshold below 1 or tilted
-    labels, else a token that R rules out costs without bound. jsd, tv: bounded."""
+    labels, else a token that R rules out costs without bound. jsd, tv: bounded. accepted: no
+    divergence but the cross-entropy of completions in proportion to their labels (rejection
+    sampling, RAFT), which nothing that R knows about tokens enters: a baseline. none: nothing
+    pulls, plain fine-tuning, as with a kl_weight of 0."""
+    filter_corpus: bool = False
+    """Leave out corpus rows whose text violates the constraint: a baseline."""
     corpus: bool
     """Train on the corpus. false leaves the KL alone: the LLM moves towards q* and nothing else."""
     reference: Literal["fresh", "matched", "live"]
@@ -351,6 +356,17 @@ class TrainerConfig(Section):
     precision: Literal["auto", "bf16", "fp32"]
     """Arithmetic of the trunk. auto: bf16 where the device multiplies it fast, else fp32. The
     output head and both losses are always float32."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether only the corpus is learned."""
+        return self.divergence == "none" or (self.kl_weight == 0 and self.target_rate is None)
+
+    @model_validator(mode="after")
+    def _rate_needs_a_pull(self) -> "TrainerConfig":
+        if self.divergence == "none" and self.target_rate is not None:
+            raise ValueError("target_rate needs a divergence; divergence=none pulls nothing")
+        return self
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> "TrainerConfig":

@@ -1,7 +1,7 @@
 """The corpus: its rows split by a hash, counted, and served in batches by the step's number."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -51,6 +51,20 @@ class Corpus:
             self.training[permutation(total, seed, "corpus", epoch)[offset]]
             for epoch, offset in places
         )
+
+    def without(self, dropped: Sequence[bool]) -> "Corpus":
+        """The corpus without some training rows.
+
+        Raises:
+            DataError: if none is left.
+        """
+        kept = tuple(r for r, drop in zip(self.training, dropped, strict=True) if not drop)
+        if not kept:
+            raise DataError(
+                "trainer.filter_corpus=true leaves no row: every row of the corpus violates the "
+                "constraint; lower constraint.satisfied_at or use another corpus"
+            )
+        return replace(self, training=kept)
 
 
 def load_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus:

@@ -51,6 +51,9 @@ def update_llm(parts: Parts, target: Target, config: Config, iteration: int) -> 
     llm, optimization, world = parts.llm, parts.optimization, parts.world
     trainer = config.trainer.model_copy(update={"kl_weight": parts.kl_weight})
     parts.display.phase("updating the LLM", trainer.steps_per_iteration)
+    guard = config.guard
+    if trainer.divergence == "accepted":  # a cross-entropy, which knows no such bound
+        guard = guard.model_copy(update={"kl_limit": math.inf})
     taken: list[dict[str, float]] = []
     split = _split_rollouts(target, config, iteration)
     prompts_per_step = target.num_prompts / trainer.steps_per_iteration
@@ -76,7 +79,7 @@ def update_llm(parts: Parts, target: Target, config: Config, iteration: int) -> 
                     llm.trained_parameters().values(), trainer.max_grad_norm
                 )
             )
-            fault = fault_of_step(losses, norm, config.guard, step)
+            fault = fault_of_step(losses, norm, guard, step)
             if fault is None:
                 optimization.optimizer.step()
                 taken.append(losses | {"update/grad_norm": norm})
@@ -216,8 +219,14 @@ def _backward_of_pass(  # noqa: PLR0913
     hidden_MD, tilt = states_SD[slots_M], target.tilt(rows_M, steps_M)
     if live:
         tilt = replace(tilt, hidden_MD=hidden_MD, head=llm.head)
+    said_M = target.rollouts.ids_NT[rows_M, steps_M]
     if config.divergence == "forward_kl":
         kl = fused_losses(hidden_MD, llm.head, tilt=tilt).loss
+    elif config.divergence == "accepted":
+        accepted = Labels(next_M=said_M, weights_M=tilt.weights_M)
+        kl = fused_losses(hidden_MD, llm.head, labels=accepted).loss
+    elif config.divergence == "none":
+        kl = hidden_MD.new_zeros(())
     else:
         kl = divergence_loss(
             config.divergence,
@@ -225,7 +234,7 @@ def _backward_of_pass(  # noqa: PLR0913
             llm.head,
             tilt,
             share_M=target.share_N[rows_M],
-            said_M=target.rollouts.ids_NT[rows_M, steps_M],
+            said_M=said_M,
             rows_M=rows_M,
             steps_M=steps_M,
         )

@@ -104,7 +104,7 @@ def _largest_batch(llm: LLM, prompts: Prompts, config: Config) -> list[Tree]:
     stem = -(-sum(lengths) // len(lengths))
     completions = -(-trainer.rollouts_per_step // trainer.gradient_accumulation_steps)
     counts = [config.data.max_length] * (trainer.per_device_train_batch_size * trainer.corpus)
-    counts += [stem + config.prompts.max_new_tokens] * (completions * (trainer.kl_weight > 0))
+    counts += [stem + config.prompts.max_new_tokens] * (completions * (not trainer.is_plain))
     return [Tree(stem=tuple(token % size for token in range(count))) for count in counts]
 
 

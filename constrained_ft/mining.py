@@ -1,4 +1,4 @@
-"""Choose prompts whose completions are likely to violate the constraint.
+"""The prompts of an iteration: as they come, or those likely to violate the constraint.
 
 Where nearly every completion satisfies it, most prompts teach nothing. The auxiliary already says
 how likely the completions of a prompt are to satisfy: R(x), one step of expectation from the
@@ -21,6 +21,7 @@ from constrained_ft.parts import Parts
 from constrained_ft.prompts import Prompt
 
 _PROMPTS = 64  # in one forward pass
+_LOOKED_AT = 4  # prompts of an iteration, where nothing is learned from what is sampled
 
 
 def prompts_to_sample(
@@ -32,6 +33,8 @@ def prompts_to_sample(
     come.
     """
     count, seed = config.prompts.prompts_per_iteration, config.seed
+    if config.trainer.is_plain and iteration <= config.trainer.iterations:  # no update reads them
+        count = min(count, _LOOKED_AT)
     looked_at = min(count * config.prompts.candidates, len(parts.prompts.training))
     if looked_at == count or iteration == 1:
         return parts.prompts.of_iteration(iteration, count, seed)

@@ -11,6 +11,7 @@ from constrained_ft.auxiliary import Auxiliary, vocabulary_prior
 from constrained_ft.config import Config, GuardConfig
 from constrained_ft.corpus import Corpus, load_corpus
 from constrained_ft.distributed import StopRequest, World, pack, unpack
+from constrained_ft.encoding import Row
 from constrained_ft.errors import DivergedError, ScorerError
 from constrained_ft.fluency import require_sacrebleu
 from constrained_ft.llm import LLM
@@ -130,6 +131,8 @@ def build_parts(
     if config.llm.gradient_checkpointing == "auto" and not update_fits(llm, prompts, config):
         llm.checkpoint_activations()
     display.advance()
+    if config.trainer.filter_corpus:
+        corpus = _filtered(corpus, config, tokenizer, scorers, display, world)
     auxiliary = build_auxiliary(config, llm, tokenizer, scorers, world)
     display.advance()
     return Parts(
@@ -145,8 +148,44 @@ def build_parts(
         phases=Phases(llm.slots),
         world=world,
         everyone=world,
-        kl_weight=config.trainer.kl_weight,
+        kl_weight=0.0 if config.trainer.is_plain else config.trainer.kl_weight,
     )
+
+
+def _filtered(
+    corpus: Corpus,
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    scorers: Sequence[Scorer],
+    display: Display,
+    world: World,
+) -> Corpus:
+    """The corpus without training rows that violate the constraint, paid for by one rank.
+
+    A row is judged by its trained part, after the rest as the prompt; one without a score stays.
+    """
+    dropped: list[bool] = []
+    if world.leads:
+        rows = list(dict.fromkeys(corpus.training))
+        asked = [_prompt_and_text(row, tokenizer) for row in rows]
+        dropped = [False] * len(rows)
+        for scorer, term in zip(scorers, config.constraint.all_terms().values(), strict=True):
+            scores = least_scores([scorer], [p for p, _ in asked], [t for _, t in asked])
+            below = (score is not None and score < term.satisfied_at for score in scores)
+            dropped = [a or b for a, b in zip(dropped, below, strict=True)]
+        verdicts = dict(zip(rows, dropped, strict=True))
+        dropped = [verdicts[row] for row in corpus.training]
+    _, told = unpack(world.tell(pack({}, dropped)))
+    assert isinstance(told, list)
+    display.note(f"filter_corpus: {sum(told):,} of {len(told):,} training rows are left out")
+    return corpus.without(told)
+
+
+def _prompt_and_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    first = row.trained.index(True) if row.prompted and any(row.trained) else 0
+    sides = [row.token_ids[:first], row.token_ids[first:]]
+    prompt, text = tokenizer.batch_decode([list(side) for side in sides], skip_special_tokens=True)
+    return prompt, text
 
 
 def build_auxiliary(

@@ -94,7 +94,7 @@ def _announce(parts: Parts, config: Config, folder: RunFolder, base: evaluate.Ev
     rate, samples = base_rate(base)
     annealed = any(t.anneal is not None for t in config.constraint.all_terms().values())
     hopeless = rate in (0.0, 1.0) and not (rate == 0.0 and annealed and is_graded(base))
-    if config.trainer.kl_weight > 0 and hopeless:
+    if not config.trainer.is_plain and hopeless:
         said = advice(base, config)
         raise ScorerError(
             f"the base model satisfies the constraint in {round(rate * samples)} of {samples} "
@@ -118,7 +118,7 @@ def _announce(parts: Parts, config: Config, folder: RunFolder, base: evaluate.Ev
             f"{trainer.iterations} x {config.prompts.prompts_per_iteration} x "
             f"{config.prompts.samples_per_prompt} rollouts",
             "steps": f"{trainer.iterations} iterations x {trainer.steps_per_iteration}, "
-            f"lambda {trainer.kl_weight:g}",
+            f"lambda {parts.kl_weight:g}",
             "constraint": _constraint_words(parts, config),
             "base satisfies": f"{rate:.1%} of {samples} probe samples{_terms_words(base)}",
             **({"scoring": _scoring_words(config, base)} if base.seconds_per_score else {}),

@@ -36,7 +36,7 @@ def advice(base: Evaluation, config: Config) -> str | None:
     """What to say about a constraint that the base satisfies hardly ever or nearly always."""
     rate, _ = base_rate(base)
     rarer = min(rate, 1 - rate)
-    if RARE <= rate <= NEAR_CERTAIN or config.trainer.kl_weight == 0:
+    if RARE <= rate <= NEAR_CERTAIN or config.trainer.is_plain:
         return None
     overrides = _rare(base, config) if rate < RARE else _near_certain(base, config)
     graded = bool(overrides)

@@ -202,7 +202,7 @@ def table_parts(letters: str, length: int, config: Config, rows: Sequence[Row] =
         phases=Phases(llm.slots),
         world=World.alone(),
         everyone=World.alone(),
-        kl_weight=config.trainer.kl_weight,
+        kl_weight=0.0 if config.trainer.is_plain else config.trainer.kl_weight,
     )
 
 
