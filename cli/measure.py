@@ -40,6 +40,13 @@ def evaluate(
             metavar="NAME", help="What is measured: quick, full; the run's own if left out."
         ),
     ] = None,
+    guided: Annotated[
+        bool,
+        typer.Option("--guided", help="Also measure each run with its auxiliary guiding decoding."),
+    ] = False,
+    best_of: Annotated[
+        int, typer.Option(min=1, help="Also measure the best of so many completions, of each run.")
+    ] = 1,
     seed: Seed = 0,
 ) -> None:
     """Measure satisfaction, a judge that training never saw, and what became of the language."""
@@ -56,6 +63,8 @@ def evaluate(
             max_prompts=max_prompts,
             samples_per_prompt=samples_per_prompt,
             evaluation=evaluation,
+            guided=guided,
+            best_of=best_of,
             seed=seed,
             display=display,
         )

@@ -9,9 +9,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from constrained_ft import evaluate, paired
+from constrained_ft.auxiliary import FrozenAuxiliary
 from constrained_ft.compose import compose
 from constrained_ft.config import Config
 from constrained_ft.corpus import load_corpus
+from constrained_ft.decoding import Guide
 from constrained_ft.distributed import StopRequest
 from constrained_ft.encoding import Row
 from constrained_ft.errors import ConfigError
@@ -32,6 +34,11 @@ class _Subject:
 
     name: str
     source: ModelSource
+    suffix: str = ""
+    """Behind the name: how it is sampled."""
+    guided_by: RunFolder | None = None
+    """The run whose auxiliary guides every token."""
+    best_of: int = 1
     base: int | None
     """The column to which its KL is measured; None for a base."""
 
@@ -53,6 +60,8 @@ def evaluate_command(  # noqa: PLR0913
     max_prompts: int | None,
     samples_per_prompt: int | None,
     evaluation: str | None = None,
+    guided: bool = False,
+    best_of: int = 1,
     seed: int,
     display: Display,
 ) -> list[Evaluation]:
@@ -65,6 +74,8 @@ def evaluate_command(  # noqa: PLR0913
         max_prompts: of each group; None takes the configured number, or all of `prompts_file`.
         samples_per_prompt: None takes the configured number.
         evaluation: an option of the group `evaluation`; None takes the first run's section.
+        guided: a further column for each run: its model with its auxiliary guiding every token.
+        best_of: above 1 a further column for each run: the best of so many completions.
         seed: of the samples.
         display: what people watch.
 
@@ -80,7 +91,7 @@ def evaluate_command(  # noqa: PLR0913
     runs = {target: run for target in targets if (run := find_run(target)) is not None}
     config = _settings(runs, evaluation, seed)
     config = _resized(config, max_prompts, samples_per_prompt, prompts_file)
-    subjects = _subjects(targets, runs)
+    subjects = _subjects(targets, runs, guided=guided, best_of=best_of)
     for note in _warnings(config, runs, prompts_file):
         display.note(note)
     display.phase("loading", 1)
@@ -112,6 +123,8 @@ def evaluate_command(  # noqa: PLR0913
                 judges,
                 config,
                 other=fluent,
+                guide=_guide(subject, llm),
+                best_of=subject.best_of,
                 model=subject.name,
                 base=base if base is not None and _same_tokens(llm, base) else None,
                 display=display,
@@ -165,7 +178,9 @@ def _resized(
     return config.model_copy(update={"evaluation": evaluation})
 
 
-def _subjects(targets: Sequence[str], runs: dict[str, RunFolder]) -> list[_Subject]:
+def _subjects(
+    targets: Sequence[str], runs: dict[str, RunFolder], *, guided: bool, best_of: int
+) -> list[_Subject]:
     subjects: list[_Subject] = []
     for target in dict.fromkeys(targets):
         name = Path(target).name or target
@@ -180,14 +195,29 @@ def _subjects(targets: Sequence[str], runs: dict[str, RunFolder]) -> list[_Subje
             subjects.append(_Subject(name=label, source=base, base=None))
             known.append(base)
         tuned = final_model(runs[target])
-        subjects.append(_Subject(name=name, source=tuned, base=known.index(base)))
-    names = [subject.name for subject in subjects]
+        column = _Subject(name=name, source=tuned, base=known.index(base))
+        subjects.append(column)
+        if guided:
+            subjects.append(replace(column, suffix=", guided", guided_by=runs[target]))
+        if best_of > 1:
+            subjects.append(replace(column, suffix=f", best of {best_of}", best_of=best_of))
+    paths: dict[str, set[str]] = {}
+    for one in subjects:
+        paths.setdefault(one.name, set()).add(one.source.config.model_name_or_path)
     return [
-        replace(one, name=one.source.config.model_name_or_path)
-        if names.count(one.name) > 1
-        else one
+        replace(
+            one,
+            name=(one.source.config.model_name_or_path if len(paths[one.name]) > 1 else one.name)
+            + one.suffix,
+        )
         for one in subjects
     ]
+
+
+def _guide(subject: _Subject, llm: FrozenLLM) -> Guide | None:
+    if subject.guided_by is None:
+        return None
+    return FrozenAuxiliary.load(subject.guided_by.final_auxiliary, llm.device).guide()
 
 
 def _warnings(config: Config, runs: dict[str, RunFolder], prompts_file: Path | None) -> list[str]:

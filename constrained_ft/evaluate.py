@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from constrained_ft.config import Config
+from constrained_ft.decoding import Guide
 from constrained_ft.distributed import StopRequest, World, pack, unpack
 from constrained_ft.encoding import Encoder, Row, pad_id
 from constrained_ft.fluency import distinct, empty, repetition, self_bleu
@@ -31,7 +32,7 @@ from constrained_ft.randomness import seed_for
 from constrained_ft.rollouts import Rollouts, completion_hidden_states, sample
 from constrained_ft.run_folder import write_atomically
 from constrained_ft.scorers import Scorer, least_scores
-from constrained_ft.scoring import Scored, Scoring
+from constrained_ft.scoring import Scoring
 
 QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 
@@ -138,6 +139,8 @@ def evaluate(  # noqa: PLR0913
     model: str,
     base: FrozenLLM | None,
     other: FrozenLLM | None = None,
+    guide: Guide | None = None,
+    best_of: int = 1,
     display: Display,
     stop: StopRequest,
     world: World | None = None,
@@ -154,6 +157,8 @@ def evaluate(  # noqa: PLR0913
         model: its name in the result.
         base: the model to measure the KL to; None for the base itself.
         other: `evaluation.fluency_model`.
+        guide: guided decoding; what concerns the LLM alone is left out then.
+        best_of: so many completions are sampled for each that counts, the one with the best score.
         display: advanced by completions.
         stop: polled between batches.
         world: who shares the work; every rank gets all results. None is this process alone.
@@ -164,17 +169,19 @@ def evaluate(  # noqa: PLR0913
     """
     world = world or World.alone()
     measured = config.evaluation
+    seconds: list[float] = []  # for a score, in each round
 
     def said(
         asked: Sequence[Scorer], samples: int, top_p: float
-    ) -> tuple[Rollouts, Sequence[Scored]]:
+    ) -> tuple[Rollouts, list[Sequence[float | None]]]:
         with Scoring(asked, world, stop) as scoring:
             rollouts = sample(
                 llm,
                 prompts,
-                samples_per_prompt=samples,
+                samples_per_prompt=samples * best_of,
                 max_new_tokens=config.prompts.max_new_tokens,
                 sampler=config.sampler,
+                guide=guide,
                 top_p=top_p,
                 seed=seed_for(config.seed, "evaluation"),
                 iteration=0,
@@ -183,16 +190,23 @@ def evaluate(  # noqa: PLR0913
                 world=world,
                 each=scoring.begin,
             )
-            return rollouts, scoring.finish(rollouts, config.constraint.max_missing_rate)
+            scored = scoring.finish(rollouts, config.constraint.max_missing_rate)
+        seconds.append(sum(one.seconds for one in scored[: len(scorers)]))
+        scores: list[Sequence[float | None]] = [one.scores for one in scored]
+        if best_of == 1:
+            return rollouts, scores
+        rows = _best_rows(scores[: len(scorers)], best_of)
+        chosen = rollouts.take(torch.tensor(rows, device=rollouts.prompt_N.device))
+        return chosen, [[one[row] for row in rows] for one in scores]
 
-    rollouts, scored = said(
+    rollouts, scores = said(
         [*scorers, *judges.values()], measured.samples_per_prompt, measured.top_p
     )
-    table = _Verdicts.of(rollouts, [one.scores for one in scored], config)
+    table = _Verdicts.of(rollouts, scores, config)
     untruncated: dict[str, Interval] = {}
     if measured.top_p < 1 and measured.untruncated_samples:
         more, verdicts = said(scorers, measured.untruncated_samples, 1.0)
-        all_of_it = _Verdicts.of(more, [one.scores for one in verdicts], config)
+        all_of_it = _Verdicts.of(more, verdicts, config)
         untruncated = {
             name: _complement(bootstrap(_means(all_of_it.violated_SK[inside_S])))
             for name, inside_S in _groups_of(prompts).items()
@@ -219,10 +233,10 @@ def evaluate(  # noqa: PLR0913
         said_perplexity={
             name: said_perplexity(reader, rollouts, stop, world) for name, reader in readers.items()
         },
-        perplexity=perplexity(llm, validation, per_group, stop, world),
-        kl_to_base=None if base is None else kl_to_base(llm, base, rollouts, world),
-        quantiles=_quantiles([one.scores for one in scored[: len(scorers)]]),
-        seconds_per_score=sum(one.seconds for one in scored[: len(scorers)]),
+        perplexity=perplexity(llm, validation, per_group, stop, world) if guide is None else {},
+        kl_to_base=None if base is None or guide else kl_to_base(llm, base, rollouts, world),
+        quantiles=_quantiles(scores[: len(scorers)]),
+        seconds_per_score=seconds[0],
         scorer=" + ".join(f"{one.name} {one.version}" for one in scorers),
         judges={name: f"{one.name} {one.version}" for name, one in judges.items()},
     )
@@ -378,7 +392,8 @@ def table(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]
     for name in evaluations[0].apart:
         rows += _group_rows(name, [one.apart[name] for one in evaluations])
     for name in evaluations[0].perplexity:
-        add(f"perplexity, held-out {name}", [one.perplexity[name].plain() for one in evaluations])
+        known = [one.perplexity.get(name) for one in evaluations]
+        add(f"perplexity, held-out {name}", [one.plain() if one else "–" for one in known])
     for name in evaluations[0].said_perplexity:
         under = "the base" if name == "base" else "another model"
         cells = [one.said_perplexity[name].plain() for one in evaluations]
@@ -436,6 +451,18 @@ def choose_prompts(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
         members = sorted((p for p in prompts if p.group == group), key=lambda prompt: prompt.id)
         chosen += members[:count]
     return chosen
+
+
+def _best_rows(scores: Sequence[Sequence[float | None]], best_of: int) -> list[int]:
+    """Of so many neighbours the row whose least score is best; the first of equal ones."""
+    least = [
+        -1.0 if None in row else min(value for value in row if value is not None)
+        for row in zip(*scores, strict=True)
+    ]
+    return [
+        max(range(start, start + best_of), key=least.__getitem__)
+        for start in range(0, len(least), best_of)
+    ]
 
 
 def _complement(interval: Interval) -> Interval:

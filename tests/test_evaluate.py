@@ -11,12 +11,15 @@ from sklearn.metrics import cohen_kappa_score
 from small import run, small_config, small_parts, tiny_llm
 
 from constrained_ft import evaluate, paired
+from constrained_ft.auxiliary import FrozenAuxiliary
 from constrained_ft.compare import evaluate_command
 from constrained_ft.compose import compose
+from constrained_ft.decoding import Guide
 from constrained_ft.distributed import StopRequest
 from constrained_ft.encoding import Encoder
 from constrained_ft.evaluate import kappa, said_perplexity
 from constrained_ft.fluency import distinct, empty, repetition, self_bleu
+from constrained_ft.loading import load_frozen, plain_config
 from constrained_ft.paired import sign_flip
 from constrained_ft.progress import Silent
 from constrained_ft.randomness import seed_for
@@ -222,6 +225,52 @@ def test_a_model_that_is_not_the_base_reads_what_was_said(wide: dict[str, Any]) 
         assert one.said_perplexity["other"] != one.said_perplexity["base"]
     titles = [row[0].strip() for row in evaluate.table(found)[1]]
     assert "perplexity of completions under another model" in titles
+
+
+def test_decoding_time_control_has_columns_of_its_own(wide: dict[str, Any]) -> None:
+    found = evaluate_command(
+        [str(wide["folder"])],
+        prompts_file=None,
+        output=None,
+        max_prompts=None,
+        samples_per_prompt=4,
+        evaluation="quick",
+        guided=True,
+        best_of=3,
+        seed=0,
+        display=Silent(),
+    )
+    names = [one.model for one in found]
+    assert names == ["base", "run", "run, guided", "run, best of 3"]
+    base, tuned, guided, best = (next(iter(one.groups.values())) for one in found)
+    assert best.satisfaction.mean >= tuned.satisfaction.mean
+    assert base.samples == best.samples == 4 * best.prompts
+    assert found[2].perplexity == {}
+    # By hand: with R at every token; three times as many completions, and of each three the best.
+    config = small_config(*WIDE)
+    parts = small_parts(config)
+    llm = load_frozen(plain_config(str(wide["folder"] / "final" / "llm")), precision="fp32")
+    auxiliary = FrozenAuxiliary.load(wide["folder"] / "final" / "auxiliary", llm.device)
+
+    def clean(samples: int, guide: Guide | None) -> Any:
+        rollouts = sample(
+            llm,
+            evaluate.choose_prompts(parts.prompts.held_out, config.evaluation.max_prompts),
+            samples_per_prompt=samples,
+            max_new_tokens=config.prompts.max_new_tokens,
+            sampler=config.sampler,
+            seed=seed_for(0, "evaluation"),
+            iteration=0,
+            display=Silent(),
+            stop=StopRequest(),
+            guide=guide,
+        )
+        return np.array(["e" not in text.lower() for text in rollouts.texts])
+
+    assert guided.satisfaction.mean == pytest.approx(clean(4, auxiliary.guide()).mean())
+    assert best.satisfaction.mean == pytest.approx(
+        clean(12, None).reshape(-1, 3).max(axis=1).mean()
+    )
 
 
 def test_the_full_protocol_composes() -> None:
