@@ -255,7 +255,7 @@ def test_decoding_time_control_has_columns_of_its_own(wide: dict[str, Any]) -> N
     def clean(samples: int, guide: Guide | None) -> Any:
         rollouts = sample(
             llm,
-            evaluate.choose_prompts(parts.prompts.held_out, config.evaluation.max_prompts),
+            parts.prompts.held_out,
             samples_per_prompt=samples,
             max_new_tokens=config.prompts.max_new_tokens,
             sampler=config.sampler,
