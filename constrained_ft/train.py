@@ -13,6 +13,7 @@ from constrained_ft.evaluate import Evaluation
 from constrained_ft.finetune import rows_after_first_step, update_llm
 from constrained_ft.loading import export, load_base
 from constrained_ft.memory import memory_line, peak_memory, release_freed
+from constrained_ft.model_card import write_cards
 from constrained_ft.paired import differences
 from constrained_ft.parts import Parts, build_parts
 from constrained_ft.placement import Done, Inline, Peers, Pending, divide
@@ -165,6 +166,7 @@ def _finish(
     if parts.everyone.leads:
         found = differences(evaluations)
         evaluate.save(folder.evaluation_file, evaluations, config, differences=paired.plain(found))
+        write_cards((folder.final_llm, folder.final_adapter), evaluations, config)
         parts.display.table("Held-out prompts and text", *evaluate.table(evaluations))
         parts.display.table("The same prompts and random numbers", *paired.table(found))
     _say_where_time_went(parts, folder)

@@ -3,7 +3,8 @@
     python scripts/compare_targets.py
 
 On a table, where R is known by enumeration: mean |R - exact R| over prefixes, as the model writes
-them, after one fit from the start, for few and for many rollouts, over seeds.
+them, after one fit from the start, for few and for many rollouts, over seeds. In brackets how much
+less that is than with labels, and one standard error of that difference.
 """
 
 import argparse
@@ -54,12 +55,15 @@ def main() -> None:
     seeds = range(parser.parse_args().seeds)
     print("| R is fitted to | " + " | ".join(f"{16 * n} rollouts" for n in SAMPLES) + " |")
     print("| --- " * (len(SAMPLES) + 1) + "|")
+    plain: dict[int, np.ndarray] = {}
     for name, overrides in WAYS.items():
         cells = []
         for samples in SAMPLES:
-            errors = [error(seed, samples, overrides) for seed in seeds]
-            spread = np.std(errors, ddof=1) / len(errors) ** 0.5
-            cells.append(f"{np.mean(errors):.4f} ± {spread:.4f}")
+            errors = np.array([error(seed, samples, overrides) for seed in seeds])
+            less = plain.setdefault(samples, errors) - errors  # the same rollouts, seed by seed
+            spread = np.std(less, ddof=1) / len(errors) ** 0.5
+            gain = f" ({less.mean():+.4f} ± {spread:.4f})" if less.any() else ""
+            cells.append(f"{errors.mean():.4f}{gain}")
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 

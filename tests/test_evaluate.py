@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from huggingface_hub import ModelCard
 from sklearn.metrics import cohen_kappa_score
 from small import run, small_config, small_parts, tiny_llm
 
@@ -271,6 +272,21 @@ def test_decoding_time_control_has_columns_of_its_own(wide: dict[str, Any]) -> N
     assert best.satisfaction.mean == pytest.approx(
         clean(12, None).reshape(-1, 3).max(axis=1).mean()
     )
+
+
+def test_the_exported_model_carries_a_card(wide: dict[str, Any]) -> None:
+    file = wide["folder"] / "final" / "llm" / "README.md"
+    card = ModelCard.load(file)  # as the hub reads it
+    assert card.data.library_name == "transformers"
+    assert "cft" in card.data.tags
+    assert card.data.base_model is None  # a toy has no page on the hub
+    assert str(wide["folder"]) not in card.content
+    tuned = wide["read"][-1]
+    (group,) = tuned.groups.values()
+    assert group.violation.percent() in card.text
+    assert tuned.scorer in card.text
+    for judge in tuned.judges.values():
+        assert judge in card.text
 
 
 def test_the_full_protocol_composes() -> None:

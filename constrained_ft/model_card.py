@@ -1,0 +1,138 @@
+"""The model card of a finished run: what it was trained on, towards what, and what came out.
+
+It names no folder and no date, so that the same run writes the same card anywhere.
+"""
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from constrained_ft import evaluate
+from constrained_ft.config import Config, SourceConfig
+from constrained_ft.evaluate import Evaluation
+from constrained_ft.loading import TINY
+from constrained_ft.run_folder import write_atomically
+from constrained_ft.sources import sources_of
+
+_PACKAGES = ("constrained-ft", "torch", "transformers", "peft")
+_TOO_LONG = 80  # characters of a source's name
+
+
+def write_cards(folders: Sequence[Path], evaluations: Sequence[Evaluation], config: Config) -> None:
+    """Write the card into the folders of the model that are there."""
+    text = model_card(evaluations, config)
+    for folder in folders:
+        if folder.is_dir():
+            write_atomically(folder / "README.md", text)
+
+
+def model_card(evaluations: Sequence[Evaluation], config: Config) -> str:
+    """Markdown with the metadata that a hub reads.
+
+    Args:
+        evaluations: the base model and the fine-tuned one.
+        config: of the run.
+    """
+    trainer, constraint, tuned = config.trainer, config.constraint, evaluations[-1]
+    columns, rows = evaluate.table(evaluations)
+    weights = "all weights" if config.llm.lora is None else f"LoRA of rank {config.llm.lora.r}"
+    steps = trainer.iterations * trainer.steps_per_iteration
+    if trainer.is_plain:
+        aim = "Nothing but the corpus pulled on it; the constraint was only measured."
+    else:
+        aim = (
+            f"Beside the corpus, the KL to the closest distribution that satisfies the constraint "
+            f"was lowered (lambda {trainer.kl_weight:g}, {trainer.schedule}; Meng et al. 2024, "
+            "arXiv:2410.05559)."
+        )
+    asked = [
+        f"- {name}: {term.scorer.kind}, satisfied at {term.satisfied_at:g}, asked for in "
+        f"{term.threshold:.0%} of completions, {term.labels} labels"
+        for name, term in constraint.all_terms().items()
+    ]
+    judges = [f"- judge: {one}" for one in tuned.judges.values()] or ["- no judge"]
+    prompts = (
+        ["openings of the corpus"]
+        if config.prompts.from_corpus
+        else _sources(sources_of(config.prompts, "prompts"))
+    )
+    lines = [
+        *_metadata(config),
+        f"# {config.name}",
+        "",
+        f"{_short(config.llm.model_name_or_path)}, fine-tuned under a constraint ({weights}).",
+        aim,
+        "",
+        "## Data",
+        "",
+        "The corpus:",
+        "",
+        *(f"- {one}" for one in _sources(sources_of(config.data, "corpus"))),
+        "",
+        "Prompts that completions were sampled for:",
+        "",
+        *(f"- {one}" for one in prompts),
+        "",
+        "## Constraint",
+        "",
+        *asked,
+        f"- scorer: {tuned.scorer}",
+        *judges,
+        "",
+        "## Results",
+        "",
+        "On prompts and text that training never saw; 95 % bootstrap intervals over prompts.",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "| --- " * len(columns) + "|",
+        *("| " + " | ".join(cell.strip() for cell in row) + " |" for row in rows),
+        "",
+        "## Limits",
+        "",
+        "- The constraint is what its scorer says. What the scorer does not see, training did not "
+        "lower; a judge of another kind shows some of it.",
+        "- The rates are those of these prompts, sampled at temperature 1 with top-p "
+        f"{config.evaluation.top_p:g}, completions of at most {config.prompts.max_new_tokens} "
+        "tokens. Other prompts, longer texts and attacks were not measured.",
+        "- It is no guarantee for any single completion.",
+        "",
+        "## Reproduce",
+        "",
+        f"{steps:,} optimizer steps, seed {config.seed}; "
+        + ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
+        + ". The run's `config.yaml` holds every setting, its `command.sh` the command.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _metadata(config: Config) -> list[str]:
+    base = config.llm.model_name_or_path
+    named = base if "://" not in base and not base.startswith(TINY) else None
+    known = named is not None and not Path(named).exists()
+    return [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        *([f"base_model: {json.dumps(named)}"] if known else []),
+        "tags:",
+        "- constrained-fine-tuning",
+        "- cft",
+        "---",
+        "",
+    ]
+
+
+def _sources(sources: dict[str, SourceConfig]) -> list[str]:
+    return [
+        f"{group}: {_short(str(source.path or source.name))}" for group, source in sources.items()
+    ]
+
+
+def _short(name: str) -> str:
+    """Without the hash of a wheel; of a path the last part: the rest says nothing elsewhere."""
+    name = name.partition("#")[0]
+    if "://" not in name and Path(name).is_absolute():
+        name = Path(name).name
+    return name if len(name) <= _TOO_LONG else f"{name[: _TOO_LONG - 3]}..."
