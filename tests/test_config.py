@@ -88,6 +88,16 @@ def test_the_run_folder_is_named_after_run_and_time() -> None:
     assert compose(["name=mine", "output_dir=a/${name}"]).output_dir == "a/mine"
 
 
+def test_the_shipped_experiments_compose() -> None:
+    clean = compose(["experiment=clean_domain"])
+    assert list(clean.data.sources) == ["news"]
+    assert clean.trainer == compose([]).trainer
+    large = compose(["experiment=seven_billion", "data.name=OWNER/NAME"])
+    assert (large.placement.kind, large.trainer.schedule) == ("peers", "overlapped")
+    assert large.prompts.name == "allenai/real-toxicity-prompts"
+    assert large.evaluation.samples_per_prompt == 25
+
+
 def test_smoke_brings_its_corpus_and_takes_either_schedule() -> None:
     config = compose(["experiment=smoke", "trainer=overlapped"])
     assert config.trainer.schedule == "overlapped"
@@ -246,7 +256,7 @@ def test_a_user_s_groups_and_experiments_are_found(tmp_path: Path) -> None:
     folder = user_dir(tmp_path, "experiment/mine.yaml", text)
     config = compose(["experiment=mine"], [folder])
     assert (config.name, config.seed, config.llm.lora) == ("mine", 7, None)
-    assert groups([folder])["experiment"] == ["mine", "smoke"]
+    assert groups([folder])["experiment"] == ["clean_domain", "mine", "seven_billion", "smoke"]
 
 
 def test_a_user_s_file_that_would_be_hidden_by_ours_is_refused(tmp_path: Path) -> None:
