@@ -118,6 +118,16 @@ def train(
         bool,
         typer.Option("-m", "--multirun", help="Run every combination of KEY=VALUE1,VALUE2,..."),
     ] = False,
+    best_at: Annotated[
+        float,
+        typer.Option(
+            "--best-at",
+            min=0.0,
+            max=1.0,
+            metavar="SHARE",
+            help="With -m: the satisfaction that the best run has to have.",
+        ),
+    ] = 0.97,
     nproc_per_node: Annotated[
         str,
         typer.Option(
@@ -173,7 +183,7 @@ def train(
     if multirun:
         from constrained_ft.cli.sweep import sweep
 
-        raise typer.Exit(sweep(request, dry_run=dry_run))
+        raise typer.Exit(sweep(request, dry_run=dry_run, best_at=best_at))
     if dry_run:
         shown = request.config()
         request.processes.check(shown)

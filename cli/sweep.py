@@ -25,8 +25,13 @@ _STOPS = (75, 130)  # exit codes of a job that was interrupted: the sweep ends t
 Outcomes = dict[str, tuple[str, int]]
 
 
-def sweep(request: Request, *, dry_run: bool) -> int:
+def sweep(request: Request, *, dry_run: bool, best_at: float) -> int:
     """Run every job of a sweep and return the exit code.
+
+    Args:
+        request: what the command line says.
+        dry_run: show the jobs and start none.
+        best_at: the satisfaction that the best run has to have.
 
     Raises:
         ConfigError: if any job's configuration is wrong, or its folder holds a run; no job has
@@ -60,13 +65,42 @@ def sweep(request: Request, *, dry_run: bool) -> int:
             ["job", "overrides", "exit code"],
             [[job, text, str(code)] for job, (text, code) in outcomes.items()],
         )
+    if outcomes:
+        _sum_up(folder, outcomes, best_at)
     failed = {job: code for job, (_, code) in outcomes.items() if code != 0}
     if not failed:
         return 0
     settings.complain(f"{len(failed)} of {len(outcomes)} jobs failed: {', '.join(failed)}")
+    for job in failed:
+        settings.warn(
+            f"job {job} alone: cft train {outcomes[job][0]} output_dir={folder / job} --clean"
+        )
     codes = set(failed.values())
     stopped = codes & set(_STOPS)
     return max(stopped) if stopped else codes.pop() if len(codes) == 1 else 1
+
+
+def _sum_up(folder: Path, outcomes: Outcomes, best_at: float) -> None:
+    """What the jobs came to: a table, a plot, `sweep.json`, and the best run."""
+    from constrained_ft import front
+    from constrained_ft.cli.display import make_display
+
+    points = front.read_points({job: (text, folder / job) for job, (text, _) in outcomes.items()})
+    folder.mkdir(parents=True, exist_ok=True)
+    front.save(folder, points, {job: code for job, (_, code) in outcomes.items()})
+    if not points:
+        return
+    chosen = front.best(points, best_at)
+    words = f"at least {best_at:.0%} satisfied, then the lowest perplexity"
+    with make_display(settings.console()) as display:
+        display.table("Control against the language", *front.table(points))
+        display.note(
+            f"{words}: none of them"
+            if chosen is None
+            else f"{words}: job {chosen.job}, {folder / chosen.job}"
+        )
+        if front.plot(folder / "front.png", points):
+            display.note(f"plot: {folder / 'front.png'}")
 
 
 def _check_jobs(request: Request, jobs: Sequence[list[str]]) -> str:

@@ -29,6 +29,7 @@ OPEN = {
         "constraint.scorer.model_name_or_path=some/model",
         "constraint.scorer.labels=[toxic]",
     ],
+    ("experiment", "seven_billion"): ["data.name=OWNER/NAME"],
     ("constraint", "embedding"): ["constraint.scorer.references=[yes]"],
     ("constraint", "http"): [
         "constraint.scorer.url=http://localhost:1/",

@@ -1,0 +1,132 @@
+"""What the runs of a sweep came to: control against the language, and which runs no other beats.
+
+Only JSON is read here, so that a sweep of runs that are done is summed up in no time.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from constrained_ft.run_folder import RunFolder, write_atomically
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One finished run."""
+
+    job: str
+    overrides: str
+    satisfaction: float
+    """Of the fine-tuned model's completions of held-out prompts, all groups together."""
+    low: float
+    high: float
+    """Its 95 % interval: the groups' own, weighted by their completions, which is a little wide."""
+    perplexity: dict[str, float]
+    """Of held-out text, by group of the corpus."""
+    on_front: bool = False
+    """Whether no other run has both more satisfaction and a lower perplexity of the first group."""
+
+
+def read_points(jobs: Mapping[str, tuple[str, Path]]) -> list[Point]:
+    """The runs that are finished, the front marked.
+
+    Args:
+        jobs: overrides and folder of each, by number.
+    """
+    points = [
+        point
+        for job, (overrides, folder) in jobs.items()
+        if (point := _point(job, overrides, RunFolder(folder))) is not None
+    ]
+    return [_placed(point, points) for point in points]
+
+
+def best(points: Sequence[Point], satisfaction: float) -> Point | None:
+    """Of the runs with at least this satisfaction the one with the lowest perplexity."""
+    good = [point for point in points if point.satisfaction >= satisfaction]
+    return min(good, key=_cost, default=None)
+
+
+def table(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows for people, the most satisfied first."""
+    groups = list(points[0].perplexity)
+    columns = ["job", "overrides", "satisfied", *(f"perplexity, {g}" for g in groups), "front"]
+    return columns, [
+        [
+            point.job,
+            point.overrides,
+            f"{100 * point.satisfaction:.1f} % ({100 * point.low:.1f}–{100 * point.high:.1f})",
+            *(f"{point.perplexity[group]:.2f}" for group in groups),
+            "yes" if point.on_front else "",
+        ]
+        for point in sorted(points, key=lambda point: -point.satisfaction)
+    ]
+
+
+def save(folder: Path, points: Sequence[Point], exits: Mapping[str, int]) -> None:
+    """Write `sweep.json`: every job with its exit code, and what the finished ones came to."""
+    tree = {"exit_codes": dict(exits), "runs": [asdict(point) for point in points]}
+    write_atomically(folder / "sweep.json", json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+
+
+def plot(file: Path, points: Sequence[Point]) -> bool:
+    """Satisfaction against perplexity, the front joined by a line; false without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    group = next(iter(points[0].perplexity))
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for point in points:
+        x, y = _cost(point), 100 * point.satisfaction
+        errors = [[y - 100 * point.low], [100 * point.high - y]]
+        colour = "tab:blue" if point.on_front else "0.6"
+        axes.errorbar([x], [y], yerr=errors, marker="o", capsize=3, color=colour)
+        axes.annotate(f" {point.job}", (x, y), va="bottom")
+    line = sorted((p for p in points if p.on_front), key=_cost)
+    axes.plot([_cost(p) for p in line], [100 * p.satisfaction for p in line], color="tab:blue")
+    axes.set(xlabel=f"perplexity of held-out {group}", ylabel="satisfied, %")
+    figure.savefig(file, dpi=150)
+    return True
+
+
+def _point(job: str, overrides: str, folder: RunFolder) -> Point | None:
+    try:
+        models = json.loads(folder.evaluation_file.read_text(encoding="utf-8"))["models"]
+    except (OSError, ValueError, KeyError):
+        return None
+    if len(models) < 2:  # the base alone: not finished
+        return None
+    tuned: dict[str, Any] = models[-1]
+    groups = list(tuned["groups"].values())
+    total = sum(group["samples"] for group in groups)
+
+    def mean(name: str) -> float:
+        return float(sum(g["samples"] * g["satisfaction"][name] for g in groups) / total)
+
+    return Point(
+        job=job,
+        overrides=overrides,
+        satisfaction=mean("mean"),
+        low=mean("low"),
+        high=mean("high"),
+        perplexity={name: one["mean"] for name, one in tuned["perplexity"].items()},
+    )
+
+
+def _placed(point: Point, points: Sequence[Point]) -> Point:
+    beaten = any(
+        other.satisfaction >= point.satisfaction
+        and _cost(other) <= _cost(point)
+        and (other.satisfaction, _cost(other)) != (point.satisfaction, _cost(point))
+        for other in points
+    )
+    return Point(**(asdict(point) | {"on_front": not beaten}))
+
+
+def _cost(point: Point) -> float:
+    """Perplexity of the corpus's first group."""
+    return next(iter(point.perplexity.values()))
