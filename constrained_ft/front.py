@@ -50,13 +50,15 @@ def best(points: Sequence[Point], satisfaction: float) -> Point | None:
 
 
 def table(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows for people, the most satisfied first."""
+    """Columns and rows for people, the most satisfied first; of overrides those that differ."""
     groups = list(points[0].perplexity)
+    shared = set.intersection(*(set(point.overrides.split()) for point in points))
+    shared = shared if len(points) > 1 else set()
     columns = ["job", "overrides", "satisfied", *(f"perplexity, {g}" for g in groups), "front"]
     return columns, [
         [
             point.job,
-            point.overrides,
+            " ".join(word for word in point.overrides.split() if word not in shared),
             f"{100 * point.satisfaction:.1f} % ({100 * point.low:.1f}–{100 * point.high:.1f})",
             *(f"{point.perplexity[group]:.2f}" for group in groups),
             "yes" if point.on_front else "",
