@@ -68,7 +68,10 @@ def estimate_memory(llm: LLM, prompts: Prompts, config: Config, evaluation: int 
         return None
     rehearsed = peak_during(lambda: _rehearse_update(llm, prompts, config), llm.device)
     update = held + _update_bytes(llm, prompts, config) if rehearsed is None else rehearsed
-    others = held + max(evaluation, _sampling_bytes(llm, config), _export_bytes(llm, config))
+    # The base model's completions hardly end before the last token. Once they do, rows are taken
+    # out of the cache, which copies what stays.
+    again = evaluation + _cache_bytes(llm, config) if evaluation else 0
+    others = held + max(again, _sampling_bytes(llm, config), _export_bytes(llm, config))
     whole = _training_bytes(llm, config) + max(update, others)
     return max(whole, peak_memory(llm.device) or 0)
 
@@ -137,16 +140,27 @@ def _update_bytes(llm: LLM, prompts: Prompts, config: Config) -> int:
 
 
 def _sampling_bytes(llm: LLM, config: Config) -> int:
-    """Keys and values with room to grow, and the logits of one token."""
-    text, prompts = llm.module.config.get_text_config(), config.prompts
-    held_out = config.evaluation.max_prompts * config.evaluation.samples_per_prompt
+    """Keys and values, and the logits of one token."""
+    logits = _SAMPLING_BUFFERS * _sampled_rows(config) * len(llm.head.weight_VD)
+    return _cache_bytes(llm, config) + 4 * logits
+
+
+def _sampled_rows(config: Config) -> int:
+    """Completions that are sampled at once, at most."""
+    prompts, evaluation = config.prompts, config.evaluation
+    held_out = evaluation.max_prompts * evaluation.samples_per_prompt
     most = max(held_out, prompts.prompts_per_iteration * prompts.samples_per_prompt)
-    rows = min(config.sampler.batch_size, most)
+    return min(config.sampler.batch_size, most)
+
+
+def _cache_bytes(llm: LLM, config: Config) -> int:
+    """Keys and values with room to grow."""
+    text = llm.module.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    places = 2 * 2 * prompts.max_new_tokens
-    cache: int = 2 * rows * places * text.num_hidden_layers * heads * head * _state_bytes(llm)
-    return cache + 4 * _SAMPLING_BUFFERS * rows * len(llm.head.weight_VD)
+    places = _sampled_rows(config) * 2 * 2 * config.prompts.max_new_tokens
+    cache: int = 2 * places * text.num_hidden_layers * heads * head * _state_bytes(llm)
+    return cache
 
 
 def _export_bytes(llm: LLM, config: Config) -> int:
