@@ -215,8 +215,14 @@ def evaluate(  # noqa: PLR0913
     if measured.by_prompt:
         violating_S = _violating_prompts(prompts, scorers, config, world)
         for name, inside_S in _groups_of(prompts).items():
-            apart[f"{name}, violating prompts"] = inside_S & violating_S
-            apart[f"{name}, other prompts"] = inside_S & ~violating_S
+            parts = {
+                f"{name}, violating prompts": inside_S & violating_S,
+                f"{name}, other prompts": inside_S & ~violating_S,
+            }
+            if all(
+                part_S.any() for part_S in parts.values()
+            ):  # else there is nothing to tell apart
+                apart |= parts
     per_group = measured.max_validation_rows
     readers = {"base": llm if base is None else base} | ({"other": other} if other else {})
     return Evaluation(
@@ -224,11 +230,7 @@ def evaluate(  # noqa: PLR0913
         groups={
             name: table.result(inside_S, config) for name, inside_S in _groups_of(prompts).items()
         },
-        apart={
-            name: table.result(inside_S, config)
-            for name, inside_S in apart.items()
-            if inside_S.any()
-        },
+        apart={name: table.result(inside_S, config) for name, inside_S in apart.items()},
         untruncated=untruncated,
         said_perplexity={
             name: said_perplexity(reader, rollouts, stop, world) for name, reader in readers.items()

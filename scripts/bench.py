@@ -578,7 +578,8 @@ def overlap_rows(_: str | None) -> list[Ratio]:
 
 SERVED = (
     *("trainer.iterations=6", "trainer.warmup_steps=1", "evaluation.max_prompts=16"),
-    *("constraint=http", "constraint.labels=soft", "constraint.scorer.timeout=1"),
+    *("constraint=http", "constraint.labels=soft", "constraint.satisfied_at=0.3"),
+    "constraint.scorer.timeout=1",
     "constraint.scorer.request={texts: '{completions}'}",
 )
 SERVICE_LATENCY = 0.1
@@ -624,7 +625,7 @@ def service_rows(_: str | None) -> list[Ratio]:
     what = "training with a service that fails 46 % of the time"
     return [
         Ratio(name=name, ours=None, theirs=None, value=value, must=must, aim=aim, own_load=True)
-        for batch in (1, 8)
+        for batch in (8, 1)
         for name, value, must, aim in (
             (f"{what}, {batch} a request: time / without", partial(both, batch, 0), 1.25, 1.1),
             (
