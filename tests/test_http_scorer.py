@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,15 @@ from small import SMALL
 from constrained_ft.compose import compose
 from constrained_ft.errors import ConfigError, ScorerError
 from constrained_ft.scorer_config import HttpScorerConfig
-from constrained_ft.scorers import Score, ScoreFailure, build_scorer, probe, score_all, valid
+from constrained_ft.scorers import (
+    Score,
+    ScoreFailure,
+    build_scorer,
+    http,
+    probe,
+    score_all,
+    valid,
+)
 
 ROOT = Path(__file__).parent.parent
 SECRET = "canary-7f3a-of-the-tests"
@@ -387,3 +396,20 @@ def test_a_service_that_is_gone_for_good_ends_the_run_resumably(tmp_path: Path) 
     with faulty.FaultyService(service.port, faulty=False, latency=0.0):
         again = train(tmp_path, url, *keys, "trainer.iterations=20", "--resume", "run")
     assert again.returncode == 0, again.stderr
+
+
+def test_waits_grow_with_the_failures_of_all_and_with_refusals_of_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(http.random, "uniform", lambda low, high: high)
+
+    def wait(error: http._Passing, failures: int) -> float:
+        outcome = SimpleNamespace(exception=lambda: error)
+        return http._pause(SimpleNamespace(outcome=outcome, attempt_number=5), failures)  # type: ignore[arg-type]
+
+    broken, busy = http._Passing("status 500"), http._Passing("status 429", busy=True)
+    assert wait(broken, failures=0) == 0.25  # those beside it succeed
+    assert wait(broken, failures=2) == 1.0
+    assert wait(broken, failures=50) == 4.0
+    assert wait(busy, failures=0) == 4.0
+    assert wait(http._Passing("status 429", busy=True, wait=2.0), failures=0) == pytest.approx(2.2)

@@ -112,7 +112,9 @@ class HttpScorer:
         retrying = self._tenacity.Retrying(
             retry=self._tenacity.retry_if_exception_type(_Passing),
             stop=lambda _: self._hopeless(task, began + patience),
-            wait=lambda state: min(_pause(state), max(began + patience - time.monotonic(), 0.0)),
+            wait=lambda state: min(
+                _pause(state, self._gate.failures), max(began + patience - time.monotonic(), 0.0)
+            ),
             sleep=self._sleep,
             reraise=True,
         )
@@ -346,6 +348,12 @@ class _Gate:
         elif not busy:
             self._limit = min(float(self._most), self._limit + 1.0 / self._limit)
 
+    @property
+    def failures(self) -> int:
+        """In a row, of all requests; those that were turned away do not count."""
+        with self._changed:
+            return self._failures
+
     def hope(self) -> None:
         """Forget for how long nothing came."""
         with self._changed:
@@ -362,12 +370,19 @@ class _Gate:
             self._changed.notify_all()
 
 
-def _pause(state: "tenacity.RetryCallState") -> float:
-    """Seconds until the next try: what the service asks for, or a random time that grows."""
+def _pause(state: "tenacity.RetryCallState", failures: int) -> float:
+    """Seconds until the next try: what the service asks for, or a random time that grows.
+
+    Where the service turns requests away the time grows with the tries of this one. Other failures
+    say little when those beside them succeed, so there it grows with the failures in a row of all.
+    """
     error = state.outcome.exception() if state.outcome is not None else None
     if isinstance(error, _Passing) and error.wait is not None:
         return error.wait + random.uniform(0, 0.1 * error.wait)
-    most = min(_LONGEST_WAIT, _FIRST_WAIT * 2.0 ** min(state.attempt_number - 1, 8))
+    tries = state.attempt_number - 1
+    if not (isinstance(error, _Passing) and error.busy):
+        tries = min(tries, failures)
+    most = min(_LONGEST_WAIT, _FIRST_WAIT * 2.0 ** min(tries, 8))
     return random.uniform(0, most)
 
 
