@@ -3,7 +3,7 @@
 Samples of one prompt are not independent, so every interval is a bootstrap over prompts (over rows
 for perplexity). Two models are compared on the same prompts with the same uniform numbers.
 
-Shape suffixes:  S prompts, K samples of a prompt, M positions, V vocabulary.
+Shape suffixes:  S prompts, K samples of a prompt, J scorers.
 """
 
 import json
@@ -15,49 +15,26 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from constrained_ft.config import Config
 from constrained_ft.decoding import Guide
 from constrained_ft.distributed import StopRequest, World, pack, unpack
-from constrained_ft.encoding import Encoder, Row, pad_id
+from constrained_ft.encoding import Row
 from constrained_ft.fluency import distinct, empty, repetition, self_bleu
+from constrained_ft.intervals import Interval, bootstrap
 from constrained_ft.llm import FrozenLLM
-from constrained_ft.packing import pad_right
+from constrained_ft.perplexity import kl_to_base, perplexity, said_perplexity
 from constrained_ft.progress import Display
 from constrained_ft.prompts import Prompt
 from constrained_ft.randomness import seed_for
-from constrained_ft.rollouts import Rollouts, completion_hidden_states, sample
+from constrained_ft.rollouts import Rollouts, sample
 from constrained_ft.run_folder import write_atomically
 from constrained_ft.scorers import Scorer, least_scores
 from constrained_ft.scoring import Scoring
 
 QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
-
-_RESAMPLES = 1000
-_BATCH_ROWS = 16
-_KL_ROLLOUTS = 128
-_CHUNK_ROWS = 256
-_SAID_PER_PROMPT = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """A mean and its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def percent(self) -> str:
-        """For a table: `8.3 % (6.1-10.9)`."""
-        return f"{100 * self.mean:.1f} % ({100 * self.low:.1f}–{100 * self.high:.1f})"
-
-    def plain(self, digits: int = 2) -> str:
-        """For a table: `44.10 (41.72-46.80)`."""
-        return f"{self.mean:.{digits}f} ({self.low:.{digits}f}–{self.high:.{digits}f})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,9 +196,8 @@ def evaluate(  # noqa: PLR0913
                 f"{name}, violating prompts": inside_S & violating_S,
                 f"{name}, other prompts": inside_S & ~violating_S,
             }
-            if all(
-                part_S.any() for part_S in parts.values()
-            ):  # else there is nothing to tell apart
+            # Where there are no prompts of one kind, there is nothing to tell apart.
+            if all(part_S.any() for part_S in parts.values()):
                 apart |= parts
     per_group = measured.max_validation_rows
     readers = {"base": llm if base is None else base} | ({"other": other} if other else {})
@@ -242,95 +218,6 @@ def evaluate(  # noqa: PLR0913
         scorer=" + ".join(f"{one.name} {one.version}" for one in scorers),
         judges={name: f"{one.name} {one.version}" for name, one in judges.items()},
     )
-
-
-def bootstrap(values: Sequence[float] | NDArray[np.generic], seed: int = 0) -> Interval:
-    """Mean of independent values and the percentile interval of its bootstrap distribution."""
-    array = np.asarray(values, dtype=np.float64)
-    draws = np.random.default_rng(seed).integers(len(array), size=(_RESAMPLES, len(array)))
-    low, high = np.quantile(array[draws].mean(axis=1), [0.025, 0.975])
-    return Interval(mean=float(array.mean()), low=float(low), high=float(high))
-
-
-@torch.no_grad()
-def perplexity(
-    llm: FrozenLLM,
-    rows: Sequence[Row],
-    per_group: int,
-    stop: StopRequest,
-    world: World | None = None,
-) -> dict[str, Interval]:
-    """exp of the cross-entropy per trained token, by group; the interval resamples rows."""
-    world = world or World.alone()
-    results = {}
-    for group in dict.fromkeys(row.group for row in rows):
-        chosen = [row for row in rows if row.group == group][:per_group]
-        chosen.sort(key=lambda row: len(row.token_ids))
-        starts = range(0, len(chosen), _BATCH_ROWS)
-        sums = np.zeros((len(chosen), 2))  # of losses, of tokens
-        for start in world.share(starts):
-            stop.check()
-            batch = chosen[start : start + _BATCH_ROWS]
-            sums[start : start + len(batch)] = _row_losses(llm, batch)
-        whole = np.array(world.totals(sums.ravel().tolist())).reshape(sums.shape)
-        results[group] = _ratio_perplexity(whole[:, 0], whole[:, 1])
-    return results
-
-
-@torch.no_grad()
-def kl_to_base(
-    llm: FrozenLLM, base: FrozenLLM, rollouts: Rollouts, world: World | None = None
-) -> float:
-    """Mean KL(model || base) a token over the vocabulary, on the model's completions, nats."""
-    count = len(rollouts.prompt_N)
-    rows_N = torch.arange(0, count, max(1, count // _KL_ROLLOUTS), device=llm.device)
-    world = world or World.alone()
-    total, positions = 0.0, 0
-    for rows in world.share(rows_N.split(_BATCH_ROWS)):
-        mask_NT = rollouts.mask_NT[rows]
-        base_MD = completion_hidden_states(base, rollouts, rows)[mask_NT]
-        own_MD = completion_hidden_states(llm, rollouts, rows)[mask_NT]
-        for own, other in zip(own_MD.split(_CHUNK_ROWS), base_MD.split(_CHUNK_ROWS), strict=True):
-            own_MV = llm.head(own).log_softmax(-1)
-            base_MV = base.head(other).log_softmax(-1)
-            total += float(F.kl_div(base_MV, own_MV, reduction="sum", log_target=True))
-            positions += len(own)
-    total, everyones = world.totals([total, float(positions)])
-    return total / everyones
-
-
-@torch.no_grad()
-def said_perplexity(
-    llm: FrozenLLM, rollouts: Rollouts, stop: StopRequest, world: World | None = None
-) -> Interval:
-    """Perplexity of completions after their prompts under any model, in its own tokens.
-
-    Two completions of each prompt; the interval resamples prompts.
-    """
-    world = world or World.alone()
-    encoder = Encoder(llm.tokenizer)
-    taken: list[int] = [0] * len(rollouts.prompts)
-    rows: list[tuple[int, Row]] = []
-    for place, text in zip(rollouts.prompt_N.tolist(), rollouts.texts, strict=True):
-        taken[place] += 1
-        if taken[place] > _SAID_PER_PROMPT:
-            continue
-        prompt, completion = encoder.encode([rollouts.prompts[place].text, text])
-        ids = (*encoder.prefix, *prompt, *completion)
-        trained = (False,) * (len(ids) - len(completion)) + (True,) * len(completion)
-        if completion and len(ids) > len(completion):
-            rows.append((place, Row(token_ids=ids, trained=trained, group="", prompted=True)))
-    rows.sort(key=lambda one: len(one[1].token_ids))
-    sums = np.zeros((len(taken), 2))
-    for start in world.share(range(0, len(rows), _BATCH_ROWS)):
-        stop.check()
-        batch = rows[start : start + _BATCH_ROWS]
-        losses = _row_losses(llm, [row for _, row in batch])
-        for (place, _), (loss, count) in zip(batch, losses, strict=True):
-            sums[place] += loss, count
-    whole = np.array(world.totals(sums.ravel().tolist())).reshape(sums.shape)
-    whole = whole[whole[:, 1] > 0]
-    return _ratio_perplexity(whole[:, 0], whole[:, 1])
 
 
 def save(
@@ -597,28 +484,3 @@ def _scored(
 ) -> NDArray[np.float64]:
     there = values_SK[~np.isnan(values_SK).all(axis=1)]
     return reduce(there, axis=1)
-
-
-def _row_losses(llm: FrozenLLM, rows: Sequence[Row]) -> list[tuple[float, int]]:
-    """Summed cross-entropy and number of trained tokens of each row."""
-    ids_BL, lengths_B = pad_right(
-        [row.token_ids for row in rows], pad_id(llm.tokenizer), llm.device
-    )
-    hidden_BLD = llm.hidden_states(ids_BL, lengths_B)
-    losses = []
-    for i, row in enumerate(rows):
-        trained_L = torch.tensor(row.trained[1:], device=llm.device)
-        length = len(row.token_ids)
-        logits_MV = llm.head(hidden_BLD[i, : length - 1][trained_L])
-        loss = F.cross_entropy(logits_MV, ids_BL[i, 1:length][trained_L], reduction="sum")
-        losses.append((float(loss), int(trained_L.sum())))
-    return losses
-
-
-def _ratio_perplexity(losses: np.ndarray, counts: np.ndarray) -> Interval:
-    """exp(sum of losses / sum of tokens) and its bootstrap over rows."""
-    draws = np.random.default_rng(0).integers(len(losses), size=(_RESAMPLES, len(losses)))
-    resampled = np.exp(losses[draws].sum(axis=1) / counts[draws].sum(axis=1))
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    mean = float(np.exp(losses.sum() / counts.sum()))
-    return Interval(mean=mean, low=float(low), high=float(high))

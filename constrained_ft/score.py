@@ -18,8 +18,8 @@ from torch import Tensor
 
 from constrained_ft.config import Config, TermConfig
 from constrained_ft.errors import ConfigError, DataError, ScorerError
-from constrained_ft.evaluate import Interval, bootstrap
 from constrained_ft.fit import area_under_curve, calibration_error
+from constrained_ft.intervals import Interval, bootstrap
 from constrained_ft.order import held_out_by_hash
 from constrained_ft.progress import Display
 from constrained_ft.scorer_config import EmbeddingScorerConfig

@@ -20,8 +20,9 @@ from constrained_ft.auxiliary import Auxiliary
 from constrained_ft.compose import compose
 from constrained_ft.config import Config
 from constrained_ft.distributed import StopRequest
-from constrained_ft.evaluate import bootstrap, choose_prompts
+from constrained_ft.evaluate import choose_prompts
 from constrained_ft.fit import Examples, fit_auxiliary, measure
+from constrained_ft.intervals import bootstrap
 from constrained_ft.parts import Parts, build_auxiliary, build_parts
 from constrained_ft.progress import Silent
 from constrained_ft.randomness import seed_for

@@ -13,8 +13,9 @@ from constrained_ft import evaluate, metrics, preflight
 from constrained_ft.compose import compose
 from constrained_ft.distributed import StopRequest
 from constrained_ft.errors import Interrupted, MissingScoresError, ScorerError
-from constrained_ft.evaluate import Evaluation, GroupResult, Interval
+from constrained_ft.evaluate import Evaluation, GroupResult
 from constrained_ft.finetune import update_llm
+from constrained_ft.intervals import Interval
 from constrained_ft.progress import Silent
 from constrained_ft.prompts import Prompt
 from constrained_ft.regimes import advice

@@ -18,10 +18,11 @@ from constrained_ft.compose import compose
 from constrained_ft.decoding import Guide
 from constrained_ft.distributed import StopRequest
 from constrained_ft.encoding import Encoder
-from constrained_ft.evaluate import kappa, said_perplexity
+from constrained_ft.evaluate import kappa
 from constrained_ft.fluency import distinct, empty, repetition, self_bleu
 from constrained_ft.loading import load_frozen, plain_config
 from constrained_ft.paired import sign_flip
+from constrained_ft.perplexity import said_perplexity
 from constrained_ft.progress import Silent
 from constrained_ft.randomness import seed_for
 from constrained_ft.rollouts import sample
