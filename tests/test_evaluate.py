@@ -1,6 +1,7 @@
 """What is measured, against other libraries and plain transformers."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,17 +16,20 @@ from constrained_ft import evaluate, paired
 from constrained_ft.auxiliary import FrozenAuxiliary
 from constrained_ft.compare import evaluate_command
 from constrained_ft.compose import compose
+from constrained_ft.config import Config
 from constrained_ft.decoding import Guide
 from constrained_ft.distributed import StopRequest
 from constrained_ft.encoding import Encoder
 from constrained_ft.evaluate import kappa
 from constrained_ft.fluency import distinct, empty, repetition, self_bleu
+from constrained_ft.llm import FrozenLLM
 from constrained_ft.loading import load_frozen, plain_config
 from constrained_ft.paired import sign_flip
 from constrained_ft.perplexity import said_perplexity
 from constrained_ft.progress import Silent
+from constrained_ft.prompts import Prompt
 from constrained_ft.randomness import seed_for
-from constrained_ft.rollouts import sample
+from constrained_ft.rollouts import Rollouts, sample
 
 WIDE = (
     "evaluation.top_p=0.5",
@@ -36,6 +40,28 @@ WIDE = (
     "+evaluation.judges.short={scorer: {kind: length, unit: characters, at_most: 12}}",
     "+evaluation.judges.no_a={scorer: {kind: letters, letter: a, at_most: 0}}",
 )
+
+
+def completions(
+    llm: FrozenLLM,
+    prompts: Sequence[Prompt],
+    count: int,
+    config: Config,
+    seed: int,
+    guide: Guide | None = None,
+) -> Rollouts:
+    return sample(
+        llm,
+        prompts,
+        samples_per_prompt=count,
+        max_new_tokens=config.prompts.max_new_tokens,
+        sampler=config.sampler,
+        seed=seed,
+        iteration=0,
+        display=Silent(),
+        stop=StopRequest(),
+        guide=guide,
+    )
 
 
 # Texts --------------------------------------------------------------------------------------------
@@ -95,17 +121,7 @@ def test_no_difference_has_a_p_value_of_one() -> None:
 def test_the_perplexity_of_what_is_said_is_that_of_plain_transformers(shape: str) -> None:
     config = small_config()
     parts = small_parts(config)
-    rollouts = sample(
-        parts.llm.frozen(),
-        parts.prompts.held_out[:6],
-        samples_per_prompt=3,
-        max_new_tokens=8,
-        sampler=config.sampler,
-        seed=0,
-        iteration=0,
-        display=Silent(),
-        stop=StopRequest(),
-    )
+    rollouts = completions(parts.llm.frozen(), parts.prompts.held_out[:6], 3, config, 0)
     reader = tiny_llm(shape, sharpness=20.0)
     found = said_perplexity(reader.frozen(), rollouts, StopRequest())
     encoder = Encoder(reader.tokenizer)
@@ -176,16 +192,12 @@ def test_prompts_that_violate_themselves_stand_apart(wide: dict[str, Any]) -> No
 def test_untruncated_satisfaction_is_that_of_the_whole_distribution(wide: dict[str, Any]) -> None:
     config = small_config(*WIDE)
     parts = small_parts(config)
-    rollouts = sample(
+    rollouts = completions(
         parts.llm.frozen(),
         evaluate.choose_prompts(parts.prompts.held_out, config.evaluation.max_prompts),
-        samples_per_prompt=3,
-        max_new_tokens=config.prompts.max_new_tokens,
-        sampler=config.sampler,
-        seed=seed_for(config.seed, "evaluation"),
-        iteration=0,
-        display=Silent(),
-        stop=StopRequest(),
+        3,
+        config,
+        seed_for(config.seed, "evaluation"),
     )
     clean = ["e" not in text.lower() for text in rollouts.texts]
     (base,) = wide["models"][0]["untruncated"].values()
@@ -256,17 +268,8 @@ def test_decoding_time_control_has_columns_of_its_own(wide: dict[str, Any]) -> N
     auxiliary = FrozenAuxiliary.load(wide["folder"] / "final" / "auxiliary", llm.device)
 
     def clean(samples: int, guide: Guide | None) -> Any:
-        rollouts = sample(
-            llm,
-            parts.prompts.held_out,
-            samples_per_prompt=samples,
-            max_new_tokens=config.prompts.max_new_tokens,
-            sampler=config.sampler,
-            seed=seed_for(0, "evaluation"),
-            iteration=0,
-            display=Silent(),
-            stop=StopRequest(),
-            guide=guide,
+        rollouts = completions(
+            llm, parts.prompts.held_out, samples, config, seed_for(0, "evaluation"), guide=guide
         )
         return np.array(["e" not in text.lower() for text in rollouts.texts])
 
