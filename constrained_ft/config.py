@@ -135,6 +135,23 @@ class TermConfig(AskedConfig):
     """Gives each completion a score in [0, 1]; 1 is satisfied."""
     weight: float = Field(default=1.0, gt=0)
     """Power of this term's label in the product of all; of a hard label it changes nothing."""
+    target_rate: float | None = Field(default=None, gt=0, lt=1)
+    """The share of the LLM's own samples that is to satisfy this term: its tilt starts where q*
+    has this share, and rises while the LLM's is below it. null: no rate is asked for."""
+
+    @model_validator(mode="after")
+    def _rate_alone(self) -> "TermConfig":
+        if self.target_rate is not None and (self.labels != "hard" or self.threshold < 1):
+            raise ValueError(
+                f"target_rate={self.target_rate} is a strictness of its own: it needs labels=hard "
+                "and threshold=1"
+            )
+        return self
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether it is asked to hold always, so that its label is 0 or 1."""
+        return self.labels == "hard" and self.threshold == 1 and self.target_rate is None
 
 
 class ConstraintConfig(AskedConfig):
@@ -157,11 +174,11 @@ class ConstraintConfig(AskedConfig):
             raise ValueError("give either `scorer` or `terms`, several constraints by name")
         if self.terms and (self.labels != "hard" or self.target_mean is not None):
             raise ValueError("with `terms`, give `labels` and `target_mean` to each of them")
-        lenient = [n for n, t in self.terms.items() if t.labels != "hard" or t.threshold < 1]
+        lenient = [name for name, term in self.terms.items() if not term.is_strict]
         if self.threshold < 1 and lenient:
             raise ValueError(
-                f"threshold={self.threshold} of all terms together needs hard labels and "
-                f"threshold=1 of each; terms.{lenient[0]} has others"
+                f"threshold={self.threshold} of all terms together needs hard labels, threshold=1 "
+                f"and no target_rate of each; terms.{lenient[0]} has others"
             )
         return self
 
@@ -175,9 +192,9 @@ class ConstraintConfig(AskedConfig):
     @property
     def has_hard_labels(self) -> bool:
         """Whether every label is 0 or 1."""
-        terms = self.all_terms().values()
-        floored = bool(self.terms) and any(term.threshold < 1 for term in terms)
-        return not floored and all(term.labels == "hard" for term in terms)
+        if self.scorer is not None:
+            return self.labels == "hard"
+        return all(term.is_strict for term in self.terms.values())
 
 
 class SourceConfig(Section):

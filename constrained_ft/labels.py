@@ -13,8 +13,13 @@ A term that asks for a mean, the share `threshold` of completions or the score `
 tilt of the closest distribution with that mean (an exponential family). Its beta is solved in every
 iteration, on the sampled scores: sum_i w_i e^(beta s_i) s_i / sum_i w_i e^(beta s_i) = mean. It is
 held where fewer samples than `LEAST_EFFECTIVE` would carry the result. All prompts share it.
+
+A term with a `target_rate` asks it of the LLM and not of q*, and the corpus pulls the LLM away from
+q*. So its beta, solved in the first iteration, goes on by dual ascent on the rate of the LLM's own
+samples: the multiplier of the constrained problem.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,7 +40,7 @@ class Settled:
     """What of the labels depends on the completions of an iteration."""
 
     betas: tuple[float | None, ...]
-    """The tilt of each term that asks for a mean; None for the others."""
+    """The tilt of each term that asks for a mean or a rate; None for the others."""
     bars: tuple[float, ...]
     """The score from which each term's hard label is 1."""
 
@@ -55,6 +60,8 @@ def verdict(
     scores_NJ: Float[Tensor, "N J"],
     constraint: ConstraintConfig,
     settled: Settled | None = None,
+    *,
+    before: Settled | None = None,
 ) -> Verdict:
     """Labels from scores.
 
@@ -62,6 +69,7 @@ def verdict(
         scores_NJ: in [0, 1], in the order of the constraint's terms.
         constraint: the `constraint` section.
         settled: tilts and bars of other completions; None finds those of these.
+        before: those of the iteration before, from which a `target_rate` goes on.
     """
     terms = list(constraint.all_terms().values())
     satisfied_NJ = scores_NJ >= scores_NJ.new_tensor([term.satisfied_at for term in terms])
@@ -78,7 +86,12 @@ def verdict(
             statistics_NJ[:, j] = (scores_NJ[:, j] >= bars[j]).float()
         if mean is None:
             fixed_N = fixed_N * _fixed_label(statistics_NJ[:, j], term).pow(term.weight)
-    betas = solve_tilts(statistics_NJ, fixed_N, means) if settled is None else settled.betas
+    if settled is None:
+        betas = solve_tilts(statistics_NJ, fixed_N, means)
+        if before is not None:
+            betas = _ascended(betas, before.betas, satisfied_NJ, terms)
+    else:
+        betas = settled.betas
     labels_N = fixed_N
     for j, beta in enumerate(betas):
         if beta is not None:
@@ -144,6 +157,26 @@ def _solve_one(statistic: Tensor, weights: Tensor, mean: float) -> float:
     return low
 
 
+def _ascended(
+    solved: Sequence[float | None],
+    before: Sequence[float | None],
+    satisfied_NJ: Bool[Tensor, "N J"],
+    terms: Sequence[TermConfig],
+) -> tuple[float | None, ...]:
+    """The tilts with a step of dual ascent in the place of those that a rate asks for.
+
+    A tilt beta lowers the odds of a violation by e^beta: it steps as log(1 + lambda) does in
+    `equations.dual_step`.
+    """
+    betas = list(solved)
+    for j, (term, last) in enumerate(zip(terms, before, strict=True)):
+        if term.target_rate is not None and last is not None and len(satisfied_NJ) > 0:
+            observed = float(satisfied_NJ[:, j].float().mean())
+            risen = equations.dual_step(math.expm1(last), observed, term.target_rate)
+            betas[j] = min(math.log1p(risen), _MOST_BETA)
+    return tuple(betas)
+
+
 def _effective(weights_N: Float[Tensor, " N"]) -> float:
     """Completions that carry a weighted sum; 0 where no weight is above 0."""
     if not bool((weights_N > 0).any()):
@@ -167,6 +200,8 @@ def _mean_asked(term: TermConfig, constraint: ConstraintConfig) -> float | None:
     """
     if term.target_mean is not None:
         return term.target_mean
+    if term.target_rate is not None:
+        return term.target_rate
     return term.threshold if constraint.terms and term.threshold < 1 else None
 
 

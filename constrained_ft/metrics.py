@@ -35,7 +35,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "auxiliary/examples": ("rollouts fitted, replayed ones included", "count"),
     "term/<name>/satisfaction": ("share of the rollouts that satisfy this term", "share"),
     "term/<name>/score": ("mean score of this term", "0 to 1"),
-    "term/<name>/beta": ("tilt solved for the mean that this term asks for", "1"),
+    "term/<name>/beta": ("tilt that the mean or rate asked of this term takes", "1"),
     "term/<name>/bar": ("score from which this term's label is 1", "0 to 1"),
     "term/<name>/auc": ("ROC area of this term's own head half-way, held-out prompts", "0 to 1"),
     "terms/product_gap": (

@@ -187,7 +187,10 @@ def label(
 
 
 def with_scores(
-    rollouts: Rollouts, scores: Sequence[Sequence[float | None]], constraint: ConstraintConfig
+    rollouts: Rollouts,
+    scores: Sequence[Sequence[float | None]],
+    constraint: ConstraintConfig,
+    before: Settled | None = None,
 ) -> LabeledRollouts:
     """Attach the constraint's verdict; what has no score is left out, as are prompts of nothing.
 
@@ -195,6 +198,7 @@ def with_scores(
         rollouts: completions.
         scores: for each term of the constraint, one in [0, 1] for each completion, or None.
         constraint: the `constraint` section.
+        before: tilts of the iteration before, see `labels.verdict`.
     """
     rows = [i for i, row in enumerate(zip(*scores, strict=True)) if None not in row]
     device = rollouts.ids_NT.device
@@ -202,7 +206,7 @@ def with_scores(
     scores_NJ = torch.tensor(
         [[term[i] for term in scores] for i in rows], dtype=torch.float32, device=device
     ).reshape(len(rows), len(scores))
-    said = verdict(scores_NJ, constraint)
+    said = verdict(scores_NJ, constraint, before=before)
     return LabeledRollouts(
         rollouts=rollouts if missing == 0 else _some_rows(rollouts, rows),
         scores_NJ=scores_NJ,

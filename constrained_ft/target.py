@@ -228,7 +228,9 @@ def learn_auxiliary(
         display.phase("scoring", len(rollouts.texts))
         with parts.phases.during("scoring") as spent:
             scored = scoring.finish(rollouts, constraint.max_missing_rate)
-            labeled = with_scores(rollouts, [one.scores for one in scored], constraint)
+            before = parts.replay[0].settled if parts.replay else None
+            scores = [one.scores for one in scored]
+            labeled = with_scores(rollouts, scores, constraint, before)
             spent.tokens += int(rollouts.mask_NT.sum())
     _warn_of_missing(scored, display)
     satisfaction = float(labeled.satisfied_N.float().mean())

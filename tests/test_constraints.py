@@ -104,7 +104,10 @@ def test_the_heads_of_the_terms_foresee_them_and_bound_r() -> None:
 
 def test_a_run_with_solved_tilts_is_continued_to_the_same_weights(tmp_path: Path) -> None:
     config = small_config(
-        *TERMS, "constraint.terms.brief.threshold=0.95", "trainer.target_rate=0.9"
+        *TERMS,
+        "constraint.terms.brief.threshold=0.95",
+        "constraint.terms.nontoxic={labels: hard, target_rate: 0.9}",
+        "trainer.target_rate=0.9",
     )
     straight = run(config, tmp_path / "straight")
 
@@ -125,6 +128,9 @@ def test_a_run_with_solved_tilts_is_continued_to_the_same_weights(tmp_path: Path
     rates = [row["update/kl_weight"] for row in metrics.read(folder.metrics_file)]
     assert rates == [row["update/kl_weight"] for row in metrics.read(straight.metrics_file)]
     assert len(set(rates)) == 3
+    tilts = [row["term/nontoxic/beta"] for row in metrics.read(folder.metrics_file)]
+    assert tilts == [row["term/nontoxic/beta"] for row in metrics.read(straight.metrics_file)]
+    assert len(set(tilts)) == 3
 
 
 # Scores that are missing --------------------------------------------------------------------------

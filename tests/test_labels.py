@@ -123,11 +123,35 @@ def test_annealing_never_takes_the_worst_for_good() -> None:
     assert equal.labels_N.sum() == 0
 
 
+def test_a_rate_asked_of_a_term_is_met_by_the_llm_and_not_only_by_its_target() -> None:
+    """The corpus holds the LLM at (corpus + lambda q*) / (1 + lambda), the law of its rest."""
+    corpus, kl_weight, wanted = 0.5, 4.0, 0.85
+
+    def rest(**asked: float) -> float:
+        constraint = several(one=term(**asked), other=term(satisfied_at=0.0))
+        before, rate = None, corpus
+        for _ in range(60):
+            held_N = torch.arange(2000) < round(rate * 2000)
+            scores_NJ = torch.stack([held_N.float(), torch.ones(2000)], -1)
+            said = verdict(scores_NJ, constraint, before=before)
+            before = said.settled
+            target = float(said.labels_N @ scores_NJ[:, 0] / said.labels_N.sum())
+            rate = (corpus + kl_weight * target) / (1 + kl_weight)
+        return rate
+
+    assert rest(threshold=wanted) == pytest.approx(0.78, abs=0.005)
+    assert rest(target_rate=wanted) == pytest.approx(wanted, abs=0.005)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["constraint=several", "constraint.labels=soft"], "give `labels` and `target_mean` to"),
         (["constraint=several", "constraint.threshold=0.9"], "needs hard labels"),
+        (
+            ["constraint=several", "constraint.terms.nontoxic.target_rate=0.9"],
+            "it needs labels=hard and threshold=1",
+        ),
         (["constraint=letters", "constraint.target_mean=0.9"], "needs labels=tilt"),
         (["constraint=toxicity", "constraint.anneal=0.1"], "needs labels=hard"),
         (["constraint=letters", "+constraint.terms.a.scorer.kind=linear"], "either `scorer` or"),

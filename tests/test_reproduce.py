@@ -1,0 +1,83 @@
+"""The comparison's script: its cells are runs that compose, and its page says what was measured."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from constrained_ft.compose import compose
+
+FILE = Path(__file__).resolve().parents[1] / "scripts" / "reproduce.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reproduce", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["reproduce"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_cell_is_a_run_of_its_own_that_composes(script: ModuleType) -> None:
+    cells = script.cells()
+    assert len({cell.name for cell in cells}) == len(cells)
+    for cell in cells:
+        command, *overrides = cell.train(Path("root"))
+        config = compose(overrides)
+        assert command == "train"
+        assert Path(config.output_dir) == Path("root") / cell.name
+        assert config.seed == cell.seed
+        assert config.trainer.iterations == script.ITERATIONS
+    main = [cell for cell in cells if cell.scenario == "toxic" and cell.method in script.MAIN]
+    assert sorted({cell.seed for cell in main}) == [0, 1, 2]
+
+
+def model(shares: dict[str, float], perplexity: float) -> dict[str, Any]:
+    mean = float(np.mean(list(shares.values())))
+    interval = {"mean": mean, "low": mean / 2, "high": mean * 2}
+    group: dict[str, Any] = {"violation": interval, "any_violation": interval}
+    group |= {"judges": {"judge": interval}, "violation_by_prompt": shares}
+    group |= {"distinct_2": 0.75, "empty": 0.01, "length": 18.0}
+    return {"groups": {"prompts": group}, "perplexity": {"news": {"mean": perplexity}}}
+
+
+def test_the_page_says_what_was_measured(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = {f"p{i}": 0.2 + 0.01 * (i % 3) for i in range(40)}
+    controlled = {name: share - 0.15 for name, share in plain.items()}
+    measured = {
+        "toxic/sft/0": [model({"p0": 0.1}, 36.0), *[model(plain, 28.0)] * 3],
+        "toxic/cft/0": [model(controlled, 28.5)],
+        "toxic/cft/1": [model(dict.fromkeys(plain, 0.08), 29.5)],
+    }
+    for name, models in measured.items():
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "measured.json").write_text(json.dumps({"models": models}))
+        row = {"budget/seconds": 61.4, "budget/scored_samples": 512.0}
+        (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        (folder / "phases.json").write_text(json.dumps({"phases": {"sampling": {"seconds": 20}}}))
+        machine = {"machine": "x86_64", "cpu_count": 2, "versions": {"torch": "2.13.0"}}
+        (folder / "environment.json").write_text(json.dumps(machine))
+    monkeypatch.setattr(script, "PAGE", tmp_path / "results.md")
+    monkeypatch.setattr(script, "FRONT", tmp_path / "front.svg")
+    script.render(tmp_path)
+    page = (tmp_path / "results.md").read_text(encoding="utf-8")
+    (row,) = [line for line in page.splitlines() if line.startswith("| cft |")]
+    # Two seeds: 5.97 % and 8 %; 15 and 13 points below plain fine-tuning on every prompt.
+    assert "7.0 % (6.0 8.0)" in row
+    assert "-14.0" in row
+    assert "p < 0.001" in row
+    assert "29.00 (28.50 29.50)" in row
+    assert "| sft, R guides |" in page
+    assert "toxic/cft/2" in page.partition("Not run yet: ")[2]
+    assert (tmp_path / "front.svg").stat().st_size > 1000
