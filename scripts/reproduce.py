@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from constrained_ft import metrics
 from constrained_ft.intervals import Interval, bootstrap
 from constrained_ft.paired import sign_flip
 
@@ -45,6 +46,7 @@ class Method:
     note: str = ""
     decoding: tuple[str, ...] = ()
     """Of `cft evaluate`: measured beside the model itself."""
+    iterations: int = ITERATIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,13 @@ class Cell:
         """Arguments of `cft`."""
         where = f"output_dir={root / self.name}"
         words = [*SCENARIOS[self.scenario], *self.method.overrides]
-        return ["train", where, *words, f"trainer.iterations={ITERATIONS}", f"seed={self.seed}"]
+        return [
+            "train",
+            where,
+            *words,
+            f"trainer.iterations={self.method.iterations}",
+            f"seed={self.seed}",
+        ]
 
     def measure(self, root: Path) -> list[str]:
         """Arguments of `cft`."""
@@ -109,12 +117,23 @@ OTHERS = (
     Method(name="overlapped", overrides=("trainer=overlapped",), note="cft, the other schedule"),
     Method(name="grpo", overrides=("trainer=grpo",), note="TRL"),
     Method(name="rloo", overrides=("trainer=rloo",), note="TRL"),
-    Method(name="dpo", overrides=("trainer=dpo",), note="TRL"),
+    Method(name="kto", overrides=("trainer=kto",), note="TRL"),
     Method(name="lambda-4", overrides=("trainer.kl_weight=4",)),
     Method(name="lambda-40", overrides=("trainer.kl_weight=40",)),
 )
 ABLATIONS = (
-    Method(name="fixed-reference", overrides=("trainer.reference=matched",)),
+    Method(
+        name="fixed-reference",
+        overrides=(
+            "trainer.reference=matched",
+            f"trainer.steps_per_iteration={2 * ITERATIONS}",
+            "prompts.prompts_per_iteration=256",
+            "prompts.samples_per_prompt=16",
+            "prompts.candidates=1",
+        ),
+        iterations=1,
+        note="q* of the base model, learned once from as many completions",
+    ),
     Method(name="no-vocabulary-prior", overrides=("auxiliary.vocabulary_prior=false",)),
     Method(name="head", overrides=("auxiliary=head",), note="R: a low-rank head"),
     Method(name="transformer", overrides=("auxiliary=transformer",), note="R: two layers"),
@@ -309,8 +328,7 @@ def _costs(root: Path) -> Iterator[str]:
         folder = root / cell.name
         if cell.measured(root) is None:
             continue
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").open(encoding="utf-8")]
-        last = rows[-1]
+        last = metrics.read(folder / "metrics.jsonl")[-1]
         phases = json.loads((folder / "phases.json").read_text(encoding="utf-8"))["phases"]
         machine = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
         sampling = phases.get("sampling", {}).get("seconds", 0.0)

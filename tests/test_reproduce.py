@@ -35,7 +35,8 @@ def test_every_cell_is_a_run_of_its_own_that_composes(script: ModuleType) -> Non
         assert command == "train"
         assert Path(config.output_dir) == Path("root") / cell.name
         assert config.seed == cell.seed
-        assert config.trainer.iterations == script.ITERATIONS
+        steps = config.trainer.iterations * config.trainer.steps_per_iteration
+        assert steps == 2 * script.ITERATIONS
     main = [cell for cell in cells if cell.scenario == "toxic" and cell.method in script.MAIN]
     assert sorted({cell.seed for cell in main}) == [0, 1, 2]
 
