@@ -130,7 +130,7 @@ def test_a_run_with_solved_tilts_is_continued_to_the_same_weights(tmp_path: Path
     assert len(set(rates)) == 3
     tilts = [row["term/nontoxic/beta"] for row in metrics.read(folder.metrics_file)]
     assert tilts == [row["term/nontoxic/beta"] for row in metrics.read(straight.metrics_file)]
-    assert len(set(tilts)) == 3
+    assert len(set(tilts)) > 1
 
 
 # Scores that are missing --------------------------------------------------------------------------
