@@ -1,4 +1,4 @@
-"""The comparison's script: its cells are runs that compose, and its page says what was measured."""
+"""Scripts that measure: their runs compose, their pages say what was measured, the law holds."""
 
 import importlib.util
 import json
@@ -12,18 +12,22 @@ import pytest
 
 from constrained_ft.compose import compose
 
-FILE = Path(__file__).resolve().parents[1] / "scripts" / "reproduce.py"
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+
+
+def loaded(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reproduce", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["reproduce"] = module
-    spec.loader.exec_module(module)
-    return module
+    return loaded("reproduce")
 
 
 def test_every_cell_is_a_run_of_its_own_that_composes(script: ModuleType) -> None:
@@ -82,3 +86,9 @@ def test_the_page_says_what_was_measured(
     assert "| sft, R guides |" in page
     assert "toxic/cft/2" in page.partition("Not run yet: ")[2]
     assert (tmp_path / "front.svg").stat().st_size > 1000
+
+
+def test_training_comes_to_rest_where_the_law_of_lambda_says() -> None:
+    corpus, measured = loaded("lambda_law").rest(3.0, "trainer.iterations=8")
+    assert 0.5 < corpus < 0.8
+    assert measured == pytest.approx((corpus + 3) / 4, abs=0.02)
