@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from constrained_ft.evaluate import Evaluation
 from constrained_ft.intervals import Interval, bootstrap
+from constrained_ft.results import Evaluation
 
 _FLIPS = 9999
 _CHUNK = 500
