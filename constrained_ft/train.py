@@ -89,7 +89,7 @@ def train(
             row |= target.metrics
         if parts.everyone.leads:
             with parts.phases.during("samples"):
-                record_iteration(parts, config, folder, target, iteration)
+                row |= record_iteration(parts, config, folder, target, iteration)
             row |= {"time/target": learned - started, "time/update": updated - learned}
             row |= {"iteration": float(iteration), "time/iteration": time.monotonic() - started}
             with parts.phases.during("checkpoint"):

@@ -218,12 +218,12 @@ def test_every_metric_has_a_meaning_and_every_meaning_a_metric(
     seen: set[str] = set()
     for folder in straight.values():
         for row in metrics.read(folder.metrics_file):
-            assert set(row) <= set(METRICS)
+            assert {metrics.entry(name) for name in row} <= set(METRICS)
             assert all(math.isfinite(value) for value in row.values())
-            seen |= set(row)
-    # Those of peers, of guards and of several constraints are in their own tests.
+            seen |= {metrics.entry(name) for name in row}
+    # Those of peers, guards, judges and of several constraints are in their own tests.
     elsewhere = {"time/wait_target", "time/wait_llm", "update/rolled_back"}
-    elsewhere |= {name for name in METRICS if name.startswith("term")}
+    elsewhere |= {name for name in METRICS if name.startswith(("term", "judge"))}
     assert seen == set(METRICS) - elsewhere
     with pytest.raises(KeyError):
         metrics.append(tmp_path / "metrics.jsonl", {"update/loss": 1.0, "no/meaning": 2.0})
