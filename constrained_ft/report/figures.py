@@ -315,8 +315,8 @@ def _phases(run: Run) -> Chart | None:
         names, seconds = zip(*spent, strict=True)
         bars = axes.barh(names, seconds, color=MUTED, height=0.62)
         bars[-1].set_color(ACCENT)
-        labels = [f" {one / total:.0%}" for one in seconds]
-        axes.bar_label(bars, labels, color=INK, fontsize=8.5)
+        labels = [f"{one / total:.0%}" for one in seconds]
+        axes.bar_label(bars, labels, color=INK, fontsize=8.5, padding=3)
         axes.set_xlim(right=1.15 * max(seconds))
         axes.set_xlabel("seconds")
         axes.grid(visible=False, axis="y")
@@ -347,12 +347,17 @@ def _timeline(run: Run) -> Chart | None:
         start += row["time/iteration"]
     both = _shared(lanes["target"], lanes["update"])
     busy = sum(length for _, length in lanes["target"])
-    words = (
-        f"The last {len(rows)} iterations. Of the time spent learning targets, "
-        f"{both / busy if busy else 0:.0%} passed while the model was being updated"
-    )
-    if not with_peers:
-        words += "; one process does one thing after the other (placement=peers overlaps them)"
+    words = f"The last {len(rows)} iterations. "
+    if with_peers:
+        words += (
+            f"Of the time in which peers learned targets, {both / busy if busy else 0:.0%} passed "
+            "while the model was being updated."
+        )
+    else:
+        words += (
+            "One process does one thing after the other; placement=peers with trainer=overlapped "
+            "does both at once."
+        )
 
     def draw(axes: Axes) -> None:
         shown = [(name, bars) for name, bars in lanes.items() if bars]
@@ -366,7 +371,7 @@ def _timeline(run: Run) -> Chart | None:
     return chart(
         "timeline",
         "Two stages on a time line",
-        words + ".",
+        words,
         draw,
         described=f"{busy:.0f} s learning targets, {both:.0f} s of it during updates.",
         height=1.9,
@@ -498,12 +503,14 @@ def _lines(  # noqa: PLR0913
             style = _STYLES[number % len(_STYLES)]
             smooth = _smooth(ys)
             if len(xs) > _FEW and not np.array_equal(smooth, ys):
-                axes.plot(xs, ys, ".", color=colour, markersize=2, alpha=0.35)
+                axes.plot(xs, ys, ".", color=colour, markersize=3, alpha=0.4, markeredgewidth=0)
             mark = "o" if len(xs) <= _FEW else None
             axes.plot(
                 xs, smooth, linestyle=style, color=colour, label=label, marker=mark, markersize=3.5
             )
         axes.set(xlabel="iteration", ylabel=ylabel)
+        if all(np.ptp(ys) == 0 for _, ys in series.values()):
+            axes.set_ylim(0, 1.5 * max(ys[0] for _, ys in series.values()) or 1)
         axes.xaxis.get_major_locator().set_params(integer=True)
         if len(series) > 1:
             _legend(axes)

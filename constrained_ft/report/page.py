@@ -239,8 +239,8 @@ def _of_samples(run: Run) -> list[Section]:
         tables.append(
             SampleTable(
                 title="The worst that training sampled",
-                note="Completions with the lowest scores of the last and of the first iteration. "
-                "The prompts differ.",
+                note="Violations with the lowest scores, of the last and of the first iteration. "
+                "Their prompts differ.",
                 columns=[("completion", "completion")],
                 samples=run.rollouts,
             )
@@ -302,6 +302,20 @@ def _origin(run: Run) -> list[Section]:
     ]
 
 
+def _from_default(config: Config) -> dict[str, tuple[object, object]]:
+    """Keys that this configuration has and whose values are not the default's."""
+    tree = config.model_dump(mode="json")
+    changed = differences(compose(()), config).items()
+    return {key: pair for key, pair in changed if key not in _PLACES and _has(tree, key)}
+
+
+def _has(tree: Any, key: str) -> bool:
+    name, _, rest = key.partition(".")
+    if not isinstance(tree, dict) or name not in tree:
+        return False
+    return not rest or _has(tree[name], rest)
+
+
 def _value(value: object) -> str:
     match value:
         case None:
@@ -309,7 +323,7 @@ def _value(value: object) -> str:
         case bool():
             return str(value).lower()
         case _:
-            return str(value)
+            return str(value).partition("#sha256=")[0]
 
 
 # Several runs -------------------------------------------------------------------------------------
@@ -392,13 +406,15 @@ def _verdict_of_several(
         "Runs whose intervals overlap may differ by chance.",
     ]
     if best is None:
-        headline = f"No run satisfies the constraint in {_BEST_AT:.0%} of completions."
+        headline = f"No run satisfies the constraint in {100 * _BEST_AT:.0f} % of completions."
         most = max(points, key=lambda point: point.satisfaction)
-        sentences.insert(0, f"The most satisfied is {most.job}: {most.satisfaction:.1%}.")
+        sentences.insert(0, f"The most satisfied is {most.job}: {100 * most.satisfaction:.1f} %.")
     else:
         one = next(point for point in points if point.job == best)
         group, perplexity = next(iter(one.perplexity.items()))
-        headline = f"{best} is the best run that satisfies the constraint in {_BEST_AT:.0%}."
+        headline = (
+            f"{best} is the best run that satisfies the constraint in {100 * _BEST_AT:.0f} %."
+        )
         sentences.insert(
             0,
             f"It satisfies it in {100 * one.satisfaction:.1f} % ({100 * one.low:.1f}–"

@@ -58,7 +58,7 @@ class Run:
     samples: list[Sample]
     """Of the fixed prompts, the latest iteration first."""
     rollouts: list[Sample]
-    """Those of the first and the last iteration with the lowest scores, the lowest first."""
+    """Violations of the last and the first iteration, the lowest scores first."""
     seconds: dict[str, float]
     """Of each phase."""
     problems: list[str]
@@ -84,16 +84,15 @@ def read_run(path: Path) -> Run:
     config = folder.config()
     problems: list[str] = []
 
-    def attempt(file: Path, read: Callable[[], T], otherwise: T, advice: str = "") -> T:
+    def attempt(file: Path, read: Callable[[], T], otherwise: T) -> T:
         if not file.exists():
             return otherwise
         try:
             return read()
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError):
-            problems.append(f"{file.name} is damaged, or of another version of cft{advice}")
+            problems.append(f"{file.name} is damaged, or of another version of cft: left out")
             return otherwise
 
-    again = f"; `cft evaluate {path} --output {folder.evaluation_file}` writes it anew"
     measured = folder.evaluation_file
     bar = max(term.satisfied_at for term in config.constraint.all_terms().values())
     return Run(
@@ -108,7 +107,7 @@ def read_run(path: Path) -> Run:
             "",
         ),
         rows=[_numbers(row) for row in _rows(folder.metrics_file, problems)],
-        evaluations=attempt(measured, lambda: results.load(measured), [], again),
+        evaluations=attempt(measured, lambda: results.load(measured), []),
         differences=attempt(measured, lambda: paired.load(measured), []),
         samples=_samples(path / "samples", bar, problems),
         rollouts=_rollouts(path / "rollouts", problems),
@@ -184,13 +183,13 @@ def _rollouts(folder: Path, problems: list[str]) -> list[Sample]:
     files = _files(folder)
     found = []
     for file in dict.fromkeys([*files[-1:], *files[:1]]):
-        rows = [row for row in _rows(file, problems) if _score(row.get("score")) is not None]
-        rows.sort(key=lambda row: float(row["score"]))
+        rows = [row for row in _rows(file, problems) if row.get("satisfied") is False]
+        rows.sort(key=lambda row: _score(row.get("score")) or 0.0)
         for row in rows[:_WORST]:
             said = Completion(
                 text=str(row.get("completion", "")),
-                score=_score(row["score"]),
-                satisfied=row.get("satisfied") is True,
+                score=_score(row.get("score")),
+                satisfied=False,
             )
             prompt = str(row.get("prompt", ""))
             one = Sample(prompt=prompt, iteration=_number_of(file), said={"completion": said})

@@ -240,11 +240,14 @@ def _without_evaluation(run: Run) -> Verdict:
     share = [row["rollouts/satisfaction"] for row in run.rows if "rollouts/satisfaction" in row]
     if len(share) > 1:
         said.append(
-            f"Of the completions sampled in training, {share[0]:.1%} satisfied the constraint in "
-            f"the first iteration and {share[-1]:.1%} in the last."
+            f"Of the completions sampled in training, {100 * share[0]:.1f} % satisfied the "
+            f"constraint in the first iteration and {100 * share[-1]:.1f} % in the last."
         )
     elif share:
-        said.append(f"Of the completions sampled in training, {share[0]:.1%} satisfied it.")
+        said.append(
+            f"Of the completions sampled in training, {100 * share[0]:.1f} % satisfied the "
+            "constraint."
+        )
     base = run.evaluations[0] if run.evaluations else None
     rows = [] if base is None else _rows_of(base)
     return Verdict(
