@@ -179,7 +179,7 @@ def _satisfaction(run: Run) -> Chart | None:
         "Share of the completions sampled in an iteration that satisfy the constraint, by the "
         "training scorer. Where prompts are mined they are the hardest ones.",
         ylabel="satisfied, %",
-        scale=100,
+        scale=100.0,
     )
 
 
@@ -206,8 +206,8 @@ def _hacking(run: Run) -> Chart | None:
         {"rollouts/satisfaction": "training scorer", **judges},
         caption,
         ylabel="violations, %",
-        scale=-100,
-        offset=100,
+        scale=-100.0,
+        offset=100.0,
     )
 
 
