@@ -14,6 +14,8 @@ from constrained_ft.run_folder import RunFolder, write_atomically
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_LABELLED = 10  # of more points, only those on the front get their names
+
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
@@ -96,7 +98,10 @@ def draw(axes: "Axes", points: Sequence[Point], *, on: str = "tab:blue", off: st
         errors = [[max(y - 100 * point.low, 0)], [max(100 * point.high - y, 0)]]
         colour = on if point.on_front else off
         axes.errorbar([x], [y], yerr=errors, marker="o", capsize=3, color=colour)
-        axes.annotate(f" {point.job}", (x, y), va="bottom")
+        if point.on_front or len(points) <= _LABELLED:
+            axes.annotate(
+                point.job, (x, y), xytext=(5, -10), textcoords="offset points", fontsize="small"
+            )
     line = sorted((p for p in points if p.on_front), key=_cost)
     axes.plot([_cost(p) for p in line], [100 * p.satisfaction for p in line], color=on)
     axes.set(xlabel=f"perplexity of held-out {group}", ylabel="satisfied, %")

@@ -8,11 +8,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from constrained_ft import front
 from constrained_ft.front import Point
@@ -26,7 +28,7 @@ _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", ACCENT: "accent", PAPER:
 _WIDTH, _HEIGHT = 4.6, 2.9  # inches
 _FEW = 12  # points of a line that get a mark each
 _STYLES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 9,
@@ -405,9 +407,9 @@ def _shared(one: Sequence[tuple[float, float]], other: Sequence[tuple[float, flo
 # Several runs -------------------------------------------------------------------------------------
 
 
-def of_runs(runs: Sequence[Run], points: Sequence[Point], best: str | None) -> list[Chart]:
-    """The front, and each curve of all runs in one figure."""
-    found = [_front(points)] if points else []
+def of_runs(runs: Sequence[Run], best: str | None) -> list[Chart]:
+    """Each curve of all runs in one figure; lambda only where it moves."""
+    found = []
     for key, title, metric, ylabel, scale in (
         ("satisfaction", "Satisfaction", "rollouts/satisfaction", "satisfied, %", 100.0),
         ("cross-entropy", "Cross-entropy of the corpus", "update/ce", "nats per token", 1.0),
@@ -415,12 +417,15 @@ def of_runs(runs: Sequence[Run], points: Sequence[Point], best: str | None) -> l
         ("lambda", "λ", "update/kl_weight", "trainer.kl_weight", 1.0),
     ):
         some = [run for run in runs if any(metric in row for row in run.rows)]
-        if some:
+        moves = any(np.ptp(_series(run, metric)[1]) > 0 for run in some)
+        if some and (moves or key != "lambda"):
             found.append(_together(some, key, title, metric, ylabel, scale, best))
     return found
 
 
-def _front(points: Sequence[Point]) -> Chart:
+def of_front(points: Sequence[Point]) -> Chart:
+    """Satisfaction against perplexity of every measured run."""
+
     def draw(axes: Axes) -> None:
         front.draw(axes, points, on=ACCENT, off=MUTED)
 
@@ -464,14 +469,15 @@ def _together(  # noqa: PLR0913
                 marker="o" if len(xs) == 1 else None,
                 markersize=4,
                 zorder=3 if chosen else 2,
-                label=_short(visible(run.name), 16) if few else None,
+                label=_short(run.name, 16) if few else None,
             )
         axes.set(xlabel="iteration", ylabel=ylabel)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if few:
             _legend(axes)
 
     caption = "Smoothed. " if any(len(run.rows) > _FEW for run in runs) else ""
-    caption += "" if best is None else f"In colour: {visible(best)}, the best run of the table."
+    caption += "" if best is None else f"In colour: {best}, the best run."
     drawn = chart(key, title, caption.strip(), draw)
     words = f"{title}. At the end: {' '.join(ends)}"
     return Chart(**(vars(drawn) | {"described": words}))
@@ -511,7 +517,7 @@ def _lines(  # noqa: PLR0913
         axes.set(xlabel="iteration", ylabel=ylabel)
         if all(np.ptp(ys) == 0 for _, ys in series.values()):
             axes.set_ylim(0, 1.5 * max(ys[0] for _, ys in series.values()) or 1)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(series) > 1:
             _legend(axes)
 

@@ -8,6 +8,7 @@ import hashlib
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -23,6 +24,7 @@ from constrained_ft.report.text import markdown, visible
 from constrained_ft.report.verdict import Measure, Table, Verdict, verdict, what_next
 
 _BEST_AT = 0.97
+_NAMED = 6  # runs on the front that a sentence names
 _PLACES = {"output_dir", "name"}
 """Keys that say where a run is, not what it is."""
 
@@ -129,12 +131,12 @@ def several_runs(runs: Sequence[Run], left_out: Sequence[str]) -> Content:
         notices=notices,
         next_command="",
         verdict=_verdict_of_several(runs, points, chosen),
-        verdict_charts=(),
+        verdict_charts=[figures.of_front(points)] if points else [],
         sections=_shown(
             Section(
                 title="Side by side",
                 key="runs",
-                charts=figures.of_runs(runs, points, chosen),
+                charts=figures.of_runs(runs, chosen),
                 tables=tables,
                 note=""
                 if changed or len(runs) == 1
@@ -305,8 +307,13 @@ def _origin(run: Run) -> list[Section]:
 def _from_default(config: Config) -> dict[str, tuple[object, object]]:
     """Keys that this configuration has and whose values are not the default's."""
     tree = config.model_dump(mode="json")
-    changed = differences(compose(()), config).items()
+    changed = differences(_default(), config).items()
     return {key: pair for key, pair in changed if key not in _PLACES and _has(tree, key)}
+
+
+@cache
+def _default() -> Config:
+    return compose(())
 
 
 def _has(tree: Any, key: str) -> bool:
@@ -335,7 +342,7 @@ def _named_apart(runs: Sequence[Run]) -> list[Run]:
     return [
         run
         if names.count(run.name) == 1
-        else Run(**(vars(run) | {"name": f"{run.path.resolve().parent.name}/{run.name}"}))
+        else Run(**(vars(run) | {"name": visible(f"{run.path.resolve().parent.name}/{run.name}")}))
         for run in runs
     ]
 
@@ -386,6 +393,10 @@ def _overview(runs: Sequence[Run], said: Mapping[str, Verdict]) -> Table:
     )
 
 
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= _NAMED else f"the {len(names)} on the front"
+
+
 def _verdict_of_several(
     runs: Sequence[Run], points: Sequence[front.Point], best: str | None
 ) -> Verdict:
@@ -401,7 +412,7 @@ def _verdict_of_several(
     on_front = [point.job for point in points if point.on_front]
     sentences = [
         finished,
-        f"No other run beats {', '.join(on_front)} in both satisfaction and perplexity of held-out "
+        f"No other run beats {_listed(on_front)} in both satisfaction and perplexity of held-out "
         f"{next(iter(points[0].perplexity))}.",
         "Runs whose intervals overlap may differ by chance.",
     ]
@@ -412,18 +423,17 @@ def _verdict_of_several(
     else:
         one = next(point for point in points if point.job == best)
         group, perplexity = next(iter(one.perplexity.items()))
-        headline = (
-            f"{best} is the best run that satisfies the constraint in {100 * _BEST_AT:.0f} %."
-        )
+        headline = f"Run {best} satisfies the constraint often enough at the least cost."
         sentences.insert(
             0,
             f"It satisfies it in {100 * one.satisfaction:.1f} % ({100 * one.low:.1f}–"
-            f"{100 * one.high:.1f}) of held-out completions, and of such runs it has the lowest "
-            f"perplexity of held-out {group}: {perplexity:.2f}.",
+            f"{100 * one.high:.1f}) of held-out completions, and of the runs with at least "
+            f"{100 * _BEST_AT:.0f} % it has the lowest perplexity of held-out {group}: "
+            f"{perplexity:.2f}.",
         )
     return Verdict(
         headline=headline,
-        tone="unknown" if best is None else "as hoped",
+        tone="unknown",
         sentences=sentences,
         measures=[],
         table=None,

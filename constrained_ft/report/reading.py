@@ -14,6 +14,7 @@ from constrained_ft import paired, results
 from constrained_ft.config import Config
 from constrained_ft.errors import ConfigError
 from constrained_ft.paired import Difference
+from constrained_ft.report.text import visible
 from constrained_ft.results import Evaluation
 from constrained_ft.run_folder import RunFolder
 
@@ -96,7 +97,7 @@ def read_run(path: Path) -> Run:
     measured = folder.evaluation_file
     bar = max(term.satisfied_at for term in config.constraint.all_terms().values())
     return Run(
-        name=path.resolve().name,
+        name=visible(path.resolve().name),
         path=path,
         config=config,
         status=attempt(folder.status_file, folder.status, {}),
@@ -160,13 +161,13 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _samples(folder: Path, bar: float, problems: list[str]) -> list[Sample]:
-    found = []
+    found: list[Sample] = []
     for file in reversed(_files(folder)):
         if _number_of(file) == 0 and found:
             continue  # what the base said stands in every later file too
         for row in _rows(file, problems):
             scores = row.get("scores")
-            said = {
+            said: dict[str, Completion] = {
                 name: _completion(row[name], scores.get(name), bar)
                 for name in ("base", "tuned", "guided")
                 if isinstance(scores, dict) and name in row
@@ -181,7 +182,7 @@ _WORST = 10
 
 def _rollouts(folder: Path, problems: list[str]) -> list[Sample]:
     files = _files(folder)
-    found = []
+    found: list[Sample] = []
     for file in dict.fromkeys([*files[-1:], *files[:1]]):
         rows = [row for row in _rows(file, problems) if row.get("satisfied") is False]
         rows.sort(key=lambda row: _score(row.get("score")) or 0.0)

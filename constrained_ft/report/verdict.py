@@ -84,7 +84,7 @@ def verdict(run: Run) -> Verdict:
     found = measures(base, tuned, run.differences)
     violations = _overall([one.change for one in found if one.kind == "violations"])
     judged = _overall([one.change for one in found if one.kind == "judge"])
-    language = next((one.change for one in found if one.kind == "perplexity"), "unclear")
+    language = _overall([one.change for one in found if one.kind == "perplexity"][:1])
     return Verdict(
         headline=_headline(violations, language),
         tone=_tone(violations, judged, language),
