@@ -278,11 +278,7 @@ def _origin(run: Run) -> list[Section]:
             ("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))
         )
     tables = [("Environment", Table(columns=("", ""), rows=rows))] if rows else []
-    changed = {
-        key: pair
-        for key, pair in differences(compose(()), run.config).items()
-        if key not in _PLACES
-    }
+    changed = _from_default(run.config)
     if changed:
         tables.append(
             (

@@ -12,6 +12,8 @@ _MARKS = re.compile(r"([\\`*_{}\[\]()#+.!|~$:-])")
 def visible(text: str, longest: int = _LONGEST) -> str:
     """Control and format characters as signs, line breaks as ↵, and what is very long cut."""
     more = len(text) - longest
+    if more <= 0 and text.isprintable():
+        return text
     shown = "".join(_sign(character) for character in text[:longest])
     return f"{shown}… ({more:,} more characters)" if more > 0 else shown
 
