@@ -47,7 +47,9 @@ def report_command(targets: Sequence[Path], output: Path | None = None) -> Writt
     where = output or _default_output(targets, folders)
     if not _can_write(where):
         raise ConfigError(f"--output {where}: cannot write there; choose another folder")
-    from constrained_ft.report.page import one_run, render, several_runs
+    from constrained_ft.report.one_run import one_run
+    from constrained_ft.report.page import render
+    from constrained_ft.report.several_runs import several_runs
 
     content = one_run(runs[0]) if len(folders) == 1 else several_runs(runs, left_out)
     page, markdown = render(content)

@@ -1,126 +1,28 @@
-"""The figures of a report, as SVG in the page's own colours.
+"""The figures of one run."""
 
-Drawn by matplotlib: its SVG needs no script, prints, and its text stays text. Every figure is
-small, so that on a phone, where it fills the width, its labels can still be read.
-"""
-
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from io import StringIO
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from constrained_ft import front
-from constrained_ft.front import Point
+from constrained_ft.report.drawing import (
+    ACCENT,
+    FEW,
+    GRID,
+    INK,
+    LINES,
+    MUTED,
+    PAPER,
+    Chart,
+    chart,
+    legend,
+    series,
+    short,
+    smooth,
+)
 from constrained_ft.report.reading import Run
-from constrained_ft.report.text import visible
 from constrained_ft.report.verdict import Measure
-
-# Colours as matplotlib draws them; on the page they are variables, which follow its theme.
-INK, MUTED, GRID, ACCENT, PAPER = "#22262b", "#737a82", "#dfe1e3", "#0f6b5c", "#fffffe"
-_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", ACCENT: "accent", PAPER: "paper"}
-_WIDTH, _HEIGHT = 4.6, 2.9  # inches
-_FEW = 12  # points of a line that get a mark each
-_STYLES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "axes.linewidth": 0.6,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "text.color": INK,
-    "lines.linewidth": 1.6,
-    "lines.solid_capstyle": "round",
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    """One figure."""
-
-    key: str
-    """Its file's name, and its anchor on the page."""
-    title: str
-    caption: str
-    described: str
-    """What it shows, for those who do not see it."""
-    svg: str
-    """For the page: its colours are variables."""
-    file: str
-    """A file of its own."""
-
-
-Draw = Callable[[Axes], None]
-
-
-def chart(
-    key: str,
-    title: str,
-    caption: str,
-    draw: Draw,
-    *,
-    described: str = "",
-    height: float = _HEIGHT,
-) -> Chart:
-    """Draw one figure.
-
-    Args:
-        key: names it.
-        title: what it shows.
-        caption: how to read it.
-        draw: puts marks on the axes.
-        described: the numbers that matter, in words.
-        height: inches.
-    """
-    with rc_context({**_STYLE, "svg.hashsalt": key}):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        draw(figure.subplots())
-        stream = StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(stream, format="svg", metadata=nothing)
-    file = stream.getvalue()
-    words = f"{title}. {described}".strip()
-    return Chart(
-        key=key, title=title, caption=caption, described=words, svg=_inline(file), file=file
-    )
-
-
-def _inline(svg: str) -> str:
-    """For a page: without a prolog, names that may occur twice, a size and colours of its own."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.S)
-    svg = re.sub(r'<g id="[a-z0-9]+_\d+">', "<g>", svg)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    for colour, name in _VARIABLES.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    return svg
-
-
-# One run ------------------------------------------------------------------------------------------
 
 
 def of_run(run: Run, measures: Sequence[Measure]) -> dict[str, list[Chart]]:
@@ -151,12 +53,12 @@ def _before_and_after(measures: Sequence[Measure]) -> Chart | None:
                 axes.plot([low, high], [place + shift] * 2, color=colour, linewidth=1.4)
                 label = {MUTED: "base", ACCENT: "fine-tuned"}[colour] if place == 0 else None
                 axes.plot([mean], [place + shift], mark, color=colour, markersize=5, label=label)
-        axes.set_yticks(range(len(shares)), [_short(name, 24) for name in names])
+        axes.set_yticks(range(len(shares)), [short(name, 24) for name in names])
         axes.set_ylim(-0.6, len(shares) - 0.4)
         axes.set_xlim(left=0)
         axes.set_xlabel("completions that violate the constraint, %")
         axes.grid(visible=False, axis="y")
-        _legend(axes)
+        legend(axes)
 
     return chart(
         "before-and-after",
@@ -404,88 +306,6 @@ def _shared(one: Sequence[tuple[float, float]], other: Sequence[tuple[float, flo
     )
 
 
-# Several runs -------------------------------------------------------------------------------------
-
-
-def of_runs(runs: Sequence[Run], best: str | None) -> list[Chart]:
-    """Each curve of all runs in one figure; lambda only where it moves."""
-    found = []
-    for key, title, metric, ylabel, scale in (
-        ("satisfaction", "Satisfaction", "rollouts/satisfaction", "satisfied, %", 100.0),
-        ("cross-entropy", "Cross-entropy of the corpus", "update/ce", "nats per token", 1.0),
-        ("kl", "KL to the target", "update/kl", "nats per token", 1.0),
-        ("lambda", "λ", "update/kl_weight", "trainer.kl_weight", 1.0),
-    ):
-        some = [run for run in runs if any(metric in row for row in run.rows)]
-        moves = any(np.ptp(_series(run, metric)[1]) > 0 for run in some)
-        if some and (moves or key != "lambda"):
-            found.append(_together(some, key, title, metric, ylabel, scale, best))
-    return found
-
-
-def of_front(points: Sequence[Point]) -> Chart:
-    """Satisfaction against perplexity of every measured run."""
-
-    def draw(axes: Axes) -> None:
-        front.draw(axes, points, on=ACCENT, off=MUTED)
-
-    on_front = [point.job for point in points if point.on_front]
-    return chart(
-        "front",
-        "Control against the language",
-        "Each run's fine-tuned model on held-out prompts and text, with 95 % intervals; the "
-        "numbers are those of the table. Up and to the left is better. The line joins the runs "
-        "that no other beats in both.",
-        draw,
-        described=f"On the front: {', '.join(on_front)}.",
-        height=3.4,
-    )
-
-
-def _together(  # noqa: PLR0913
-    runs: Sequence[Run],
-    key: str,
-    title: str,
-    metric: str,
-    ylabel: str,
-    scale: float,
-    best: str | None,
-) -> Chart:
-    few = len(runs) <= len(_STYLES)
-    ends = []
-
-    def draw(axes: Axes) -> None:
-        for number, run in enumerate(runs):
-            chosen = run.name == best
-            xs, ys = _series(run, metric)
-            ys = _smooth(ys) * scale
-            ends.append(f"{run.name}: {ys[-1]:.3g}.")
-            axes.plot(
-                xs,
-                ys,
-                color=ACCENT if chosen else MUTED,
-                linestyle=_STYLES[number] if few else "-",
-                linewidth=1.8 if chosen else 1.1 if few else 0.7,
-                marker="o" if len(xs) == 1 else None,
-                markersize=4,
-                zorder=3 if chosen else 2,
-                label=_short(run.name, 16) if few else None,
-            )
-        axes.set(xlabel="iteration", ylabel=ylabel)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if few:
-            _legend(axes)
-
-    caption = "Smoothed. " if any(len(run.rows) > _FEW for run in runs) else ""
-    caption += "" if best is None else f"In colour: {best}, the best run."
-    drawn = chart(key, title, caption.strip(), draw)
-    words = f"{title}. At the end: {' '.join(ends)}"
-    return Chart(**(vars(drawn) | {"described": words}))
-
-
-# Lines --------------------------------------------------------------------------------------------
-
-
 def _lines(  # noqa: PLR0913
     run: Run,
     key: str,
@@ -498,66 +318,34 @@ def _lines(  # noqa: PLR0913
     offset: float = 0.0,
 ) -> Chart | None:
     """Metrics over iterations: their smoothed course, and the values themselves faintly."""
-    series = {label: _series(run, name) for name, label in names.items()}
-    series = {label: (xs, scale * ys + offset) for label, (xs, ys) in series.items() if len(xs)}
-    if not series:
+    found = {label: series(run, name) for name, label in names.items()}
+    found = {label: (xs, scale * ys + offset) for label, (xs, ys) in found.items() if len(xs)}
+    if not found:
         return None
 
     def draw(axes: Axes) -> None:
-        for number, (label, (xs, ys)) in enumerate(series.items()):
+        for number, (label, (xs, ys)) in enumerate(found.items()):
             colour = ACCENT if number == 0 else INK
-            style = _STYLES[number % len(_STYLES)]
-            smooth = _smooth(ys)
-            if len(xs) > _FEW and not np.array_equal(smooth, ys):
+            style = LINES[number % len(LINES)]
+            course = smooth(ys)
+            if len(xs) > FEW and not np.array_equal(course, ys):
                 axes.plot(xs, ys, ".", color=colour, markersize=3, alpha=0.4, markeredgewidth=0)
-            mark = "o" if len(xs) <= _FEW else None
+            mark = "o" if len(xs) <= FEW else None
             axes.plot(
-                xs, smooth, linestyle=style, color=colour, label=label, marker=mark, markersize=3.5
+                xs, course, linestyle=style, color=colour, label=label, marker=mark, markersize=3.5
             )
         axes.set(xlabel="iteration", ylabel=ylabel)
-        if all(np.ptp(ys) == 0 for _, ys in series.values()):
-            axes.set_ylim(0, 1.5 * max(ys[0] for _, ys in series.values()) or 1)
+        if key == "lambda" and all(np.ptp(ys) == 0 for _, ys in found.values()):
+            axes.set_ylim(0, 1.5 * max(ys[0] for _, ys in found.values()) or 1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if len(series) > 1:
-            _legend(axes)
+        if len(found) > 1:
+            legend(axes)
 
     described = " ".join(
         f"{label}: {ys[0]:.3g} in iteration {xs[0]:.0f}, {ys[-1]:.3g} in iteration {xs[-1]:.0f}."
-        for label, (xs, ys) in series.items()
+        for label, (xs, ys) in found.items()
     )
     return chart(key, title, caption, draw, described=described)
-
-
-def _series(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Iterations and values, where there are any."""
-    some = [
-        (row.get("iteration", i + 1.0), row[name]) for i, row in enumerate(run.rows) if name in row
-    ]
-    pairs = np.array(some, dtype=np.float64).reshape(-1, 2)
-    return pairs[:, 0], pairs[:, 1]
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """A centred moving mean over an eighth of the values; of few, the values."""
-    half = len(values) // 16 if len(values) > _FEW else 0
-    return np.array([values[max(i - half, 0) : i + half + 1].mean() for i in range(len(values))])
-
-
-def _legend(axes: Axes) -> None:
-    """Above the axes, where it covers nothing."""
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=3,
-        borderaxespad=0.2,
-        handlelength=1.8,
-        columnspacing=1.2,
-    )
-
-
-def _short(text: str, length: int) -> str:
-    text = visible(text)
-    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def _duration(seconds: float) -> str:
