@@ -1,5 +1,6 @@
 """`cft train`: compose, take the run folder, run, and say how it ended."""
 
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -307,6 +308,9 @@ def run(config: "Config", folder: "RunFolder", processes: Processes) -> None:
             _run_here(config, folder)
     finally:
         folder.close()
+    if not settings.quiet:
+        command = shlex.join(["cft", "report", str(folder.path)])
+        settings.console().print(f"{command} makes a page of it", soft_wrap=True, markup=False)
 
 
 def _run_here(config: "Config", folder: "RunFolder") -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from constrained_ft.cli import configure, launch, measure, score
+from constrained_ft.cli import configure, launch, measure, report, score
 from constrained_ft.cli.settings import settings
 from constrained_ft.errors import CftError
 
@@ -56,6 +56,7 @@ def _root(
 app.command()(launch.train)
 app.command()(measure.evaluate)
 app.command()(measure.generate)
+app.command()(report.report)
 app.add_typer(score.app, name="score")
 app.add_typer(configure.app, name="config")
 app.command()(measure.selfcheck)

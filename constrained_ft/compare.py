@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from constrained_ft import evaluate, paired
+from constrained_ft import evaluate, paired, results
 from constrained_ft.auxiliary import FrozenAuxiliary
 from constrained_ft.compose import compose
 from constrained_ft.config import Config
@@ -17,13 +17,13 @@ from constrained_ft.decoding import Guide
 from constrained_ft.distributed import StopRequest
 from constrained_ft.encoding import Row
 from constrained_ft.errors import ConfigError
-from constrained_ft.evaluate import Evaluation
 from constrained_ft.fluency import require_sacrebleu
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.named_models import ModelSource, base_model, final_model, find_run, model_at
 from constrained_ft.paired import differences
 from constrained_ft.progress import Display
 from constrained_ft.prompts import Prompt, check_prompt_lengths, load_prompts, read_prompts
+from constrained_ft.results import Evaluation
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.scorers import given_columns, probed
 
@@ -132,11 +132,11 @@ def evaluate_command(  # noqa: PLR0913
             )
         )
     title = "Held-out prompts and text" if prompts_file is None else f"Prompts of {prompts_file}"
-    display.table(title, *evaluate.table(evaluations))
+    display.table(title, *results.table(evaluations))
     found = differences(evaluations)
     display.table("The same prompts and random numbers", *paired.table(found))
     if output is not None:
-        evaluate.save(output, evaluations, config, prompts_file, paired.plain(found))
+        results.save(output, evaluations, config, prompts_file, paired.plain(found))
         display.note(f"written to {output}")
     return evaluations
 

@@ -336,8 +336,9 @@ def measure(
 
     Returns:
         `auxiliary/auc_*`, `brier_*` and `calibration_error_*` after the first, the middle and the
-        last token, the last two also over all tokens, `log_loss` and `tower_residual`, as in
-        `metrics.METRICS`. The ROC area needs both classes and is left out otherwise.
+        last token, the last two also over all tokens, `log_loss`, `tower_residual` and the
+        reliability diagram's `bin_<k>/...`, as in `metrics.METRICS`. The ROC area needs both
+        classes and is left out otherwise.
     """
     evidence = auxiliary.read_examples(examples.hidden_NTD, examples.ids_NT, examples.mask_NT)
     logits_NT = auxiliary.table.logits_of(evidence.factors_NTR, evidence.offset_NT, examples.ids_NT)
@@ -359,6 +360,11 @@ def measure(
     metrics["auxiliary/log_loss"] = float(losses.mean())
     metrics["auxiliary/brier"] = float((probs - labels).square().mean())
     metrics["auxiliary/calibration_error"] = calibration_error(probs, labels)
+    for one in bins(probs, labels):
+        place = f"auxiliary/bin_{one.number}"
+        metrics[f"{place}/share"] = one.share
+        metrics[f"{place}/predicted"] = one.predicted
+        metrics[f"{place}/observed"] = one.observed
     pairs_NT = examples.mask_NT[:, :-1] & examples.mask_NT[:, 1:]
     rows, columns = pairs_NT.nonzero(as_tuple=True)
     generator = generator_for(seed, "tower")
@@ -385,11 +391,29 @@ def area_under_curve(scores_N: Float[Tensor, " N"], labels_N: Float[Tensor, " N"
 
 def calibration_error(probs_N: Float[Tensor, " N"], labels_N: Float[Tensor, " N"]) -> float:
     """Expected calibration error over 10 bins of equal width."""
-    bins_N = (probs_N * _BINS).long().clamp_max(_BINS - 1)
-    error = 0.0
-    for index in range(_BINS):
-        inside_N = bins_N == index
-        if inside_N.any():
-            gap = (probs_N[inside_N].mean() - labels_N[inside_N].mean()).abs()
-            error += float(gap * inside_N.float().mean())
-    return error
+    return sum(one.share * abs(one.predicted - one.observed) for one in bins(probs_N, labels_N))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bin:
+    """One point of a reliability diagram."""
+
+    number: int
+    """Which tenth of [0, 1], from 1."""
+    share: float
+    predicted: float
+    observed: float
+
+
+def bins(probs_N: Float[Tensor, " N"], labels_N: Float[Tensor, " N"]) -> list[Bin]:
+    """Predictions by tenths; only those that hold any."""
+    tenths_N = (probs_N * _BINS).long().clamp_max(_BINS - 1)
+    return [
+        Bin(
+            number=int(tenth) + 1,
+            share=float((tenths_N == tenth).float().mean()),
+            predicted=float(probs_N[tenths_N == tenth].mean()),
+            observed=float(labels_N[tenths_N == tenth].mean()),
+        )
+        for tenth in tenths_N.unique()
+    ]

@@ -7,9 +7,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from constrained_ft.run_folder import RunFolder, write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_LABELLED = 10  # of more points, only those on the front get their names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,20 +84,27 @@ def plot(file: Path, points: Sequence[Point]) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    group = next(iter(points[0].perplexity))
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for point in points:
-        x, y = _cost(point), 100 * point.satisfaction
-        errors = [[y - 100 * point.low], [100 * point.high - y]]
-        colour = "tab:blue" if point.on_front else "0.6"
-        axes.errorbar([x], [y], yerr=errors, marker="o", capsize=3, color=colour)
-        axes.annotate(f" {point.job}", (x, y), va="bottom")
-    line = sorted((p for p in points if p.on_front), key=_cost)
-    axes.plot([_cost(p) for p in line], [100 * p.satisfaction for p in line], color="tab:blue")
-    axes.set(xlabel=f"perplexity of held-out {group}", ylabel="satisfied, %")
+    draw(figure.subplots(), points)
     figure.savefig(file, dpi=150)
     return True
+
+
+def draw(axes: "Axes", points: Sequence[Point], *, on: str = "tab:blue", off: str = "0.6") -> None:
+    """Put the points and the front on axes, in one colour for those on it and one for the rest."""
+    group = next(iter(points[0].perplexity))
+    for point in points:
+        x, y = _cost(point), 100 * point.satisfaction
+        errors = [[max(y - 100 * point.low, 0)], [max(100 * point.high - y, 0)]]
+        colour = on if point.on_front else off
+        axes.errorbar([x], [y], yerr=errors, marker="o", capsize=3, color=colour)
+        if point.on_front or len(points) <= _LABELLED:
+            axes.annotate(
+                point.job, (x, y), xytext=(5, -10), textcoords="offset points", fontsize="small"
+            )
+    line = sorted((p for p in points if p.on_front), key=_cost)
+    axes.plot([_cost(p) for p in line], [100 * p.satisfaction for p in line], color=on)
+    axes.set(xlabel=f"perplexity of held-out {group}", ylabel="satisfied, %")
 
 
 def _point(job: str, overrides: str, folder: RunFolder) -> Point | None:

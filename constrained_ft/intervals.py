@@ -17,6 +17,10 @@ class Interval:
     low: float
     high: float
 
+    def complement(self) -> "Interval":
+        """Of 1 - what this is of."""
+        return Interval(mean=1 - self.mean, low=1 - self.high, high=1 - self.low)
+
     def percent(self) -> str:
         """For a table: `8.3 % (6.1-10.9)`."""
         return f"{100 * self.mean:.1f} % ({100 * self.low:.1f}–{100 * self.high:.1f})"

@@ -1,6 +1,7 @@
 """One row of numbers an iteration; every name has a meaning and a unit here."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,6 +28,12 @@ METRICS: dict[str, tuple[str, str]] = {
     "auxiliary/calibration_error_first": ("the same after the first token", "0 to 1"),
     "auxiliary/calibration_error_middle": ("the same half-way", "0 to 1"),
     "auxiliary/calibration_error_last": ("the same after the last token", "0 to 1"),
+    "auxiliary/bin_<k>/share": (
+        "share of the prefixes, held-out prompts, whose R lies in the k-th tenth",
+        "share",
+    ),
+    "auxiliary/bin_<k>/predicted": ("mean R of these", "0 to 1"),
+    "auxiliary/bin_<k>/observed": ("mean label of these", "0 to 1"),
     "auxiliary/tower_residual": (
         "mean |log Rbar - log R|: how far R is from agreeing with its own one-step expectation",
         "nats",
@@ -44,6 +51,10 @@ METRICS: dict[str, tuple[str, str]] = {
     ),
     "terms/outside_bounds": (
         "share of prefixes where R leaves the Fréchet bounds of the terms' heads by over 0.02",
+        "share",
+    ),
+    "judge/<name>/satisfaction": (
+        "share of this iteration's rollouts that satisfy this judge; judges that are quick",
         "share",
     ),
     "target/satisfaction": ("mean R(x) over prompts", "share"),
@@ -77,15 +88,20 @@ METRICS: dict[str, tuple[str, str]] = {
 
 
 def meaning(name: str) -> tuple[str, str]:
-    """What a metric means, and its unit; `term/<name>/...` stands for every term.
+    """What a metric means, and its unit; `term/<name>/...` stands for every term, and so on.
 
     Raises:
         KeyError: for a metric without a meaning in `METRICS`.
     """
+    return METRICS[entry(name)]
+
+
+def entry(name: str) -> str:
+    """The name under which `METRICS` has a metric."""
     section, _, rest = name.partition("/")
-    if section == "term":
-        name = f"term/<name>/{rest.partition('/')[2]}"
-    return METRICS[name]
+    if section in ("term", "judge"):
+        return f"{section}/<name>/{rest.rpartition('/')[2]}"
+    return re.sub(r"^auxiliary/bin_\d+/", "auxiliary/bin_<k>/", name)
 
 
 def append(path: Path, row: Mapping[str, float]) -> None:

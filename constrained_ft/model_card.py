@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from constrained_ft import evaluate
+from constrained_ft import results
 from constrained_ft.config import Config, SourceConfig
-from constrained_ft.evaluate import Evaluation
 from constrained_ft.loading import TINY
+from constrained_ft.results import Evaluation
 from constrained_ft.run_folder import write_atomically
 from constrained_ft.sources import sources_of
 
@@ -35,7 +35,7 @@ def model_card(evaluations: Sequence[Evaluation], config: Config) -> str:
         config: of the run.
     """
     trainer, constraint, tuned = config.trainer, config.constraint, evaluations[-1]
-    columns, rows = evaluate.table(evaluations)
+    columns, rows = results.table(evaluations)
     weights = "all weights" if config.llm.lora is None else f"LoRA of rank {config.llm.lora.r}"
     steps = trainer.iterations * trainer.steps_per_iteration
     if trainer.is_plain:

@@ -5,16 +5,19 @@ the p-value is that of the sign-flip permutation test: were both models alike, e
 would be as likely with the other sign.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
-from constrained_ft.evaluate import Evaluation
 from constrained_ft.intervals import Interval, bootstrap
+from constrained_ft.results import Evaluation
 
 _FLIPS = 9999
 _CHUNK = 500
@@ -76,6 +79,13 @@ def sign_flip(values: NDArray[np.float64], seed: int = 0) -> float:
 def plain(found: Sequence[Difference]) -> list[dict[str, Any]]:
     """For JSON."""
     return [asdict(one) for one in found]
+
+
+def load(path: Path) -> list[Difference]:
+    """Those of a file of results."""
+    return TypeAdapter(list[Difference]).validate_python(
+        json.loads(path.read_text(encoding="utf-8")).get("differences", [])
+    )
 
 
 def table(found: Sequence[Difference]) -> tuple[list[str], list[list[str]]]:

@@ -1,6 +1,6 @@
 """The last look before training: the base model measured, and one panel of what will happen."""
 
-from constrained_ft import checkpoint, evaluate
+from constrained_ft import checkpoint, evaluate, results
 from constrained_ft.config import Config
 from constrained_ft.distributed import pack, unpack
 from constrained_ft.errors import MissingScoresError, ScorerError
@@ -15,13 +15,14 @@ from constrained_ft.memory import (
 )
 from constrained_ft.parts import Parts
 from constrained_ft.regimes import advice, base_rate, is_graded
+from constrained_ft.results import Evaluation
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.samples import record_base
 
 _REHEARSED = 32  # tokens that the exported model is tried out on
 
 
-def look_before(parts: Parts, config: Config, folder: RunFolder) -> evaluate.Evaluation:
+def look_before(parts: Parts, config: Config, folder: RunFolder) -> Evaluation:
     """Measure the base model and announce the run.
 
     Raises:
@@ -52,24 +53,24 @@ def rehearse(parts: Parts, config: Config, folder: RunFolder) -> None:
     parts.display.advance()
 
 
-def _evaluate_base(parts: Parts, config: Config, folder: RunFolder) -> evaluate.Evaluation:
+def _evaluate_base(parts: Parts, config: Config, folder: RunFolder) -> Evaluation:
     """The model before training; measured once, read back when a run is resumed."""
     # The first rank looks, so that all do the same.
     _, measured = unpack(parts.everyone.tell(pack({}, folder.evaluation_file.exists())))
     if measured:
-        return evaluate.load(folder.evaluation_file)[0]
+        return results.load(folder.evaluation_file)[0]
     try:
         base = evaluate_held_out(parts, config, parts.llm.frozen(), "base", base=None)
     except MissingScoresError as error:
         raise ScorerError(f"before training: {error}") from error
     if parts.everyone.leads:
-        evaluate.save(folder.evaluation_file, [base], config)
+        results.save(folder.evaluation_file, [base], config)
     return base
 
 
 def evaluate_held_out(
     parts: Parts, config: Config, llm: FrozenLLM, name: str, base: FrozenLLM | None
-) -> evaluate.Evaluation:
+) -> Evaluation:
     """Measure a model on the run's held-out prompts and text."""
     prompts = evaluate.choose_prompts(parts.prompts.held_out, config.evaluation.max_prompts)
     total = len(prompts) * config.evaluation.samples_per_prompt
@@ -89,7 +90,7 @@ def evaluate_held_out(
     )
 
 
-def _announce(parts: Parts, config: Config, folder: RunFolder, base: evaluate.Evaluation) -> None:
+def _announce(parts: Parts, config: Config, folder: RunFolder, base: Evaluation) -> None:
     """One panel before training; refuses a constraint that the base always or never satisfies."""
     rate, samples = base_rate(base)
     annealed = any(t.anneal is not None for t in config.constraint.all_terms().values())
@@ -153,7 +154,7 @@ def _constraint_words(parts: Parts, config: Config) -> str:
     )
 
 
-def _terms_words(base: evaluate.Evaluation) -> str:
+def _terms_words(base: Evaluation) -> str:
     """How many of the samples satisfy each term of several."""
     groups = base.groups.values()
     total = sum(group.samples for group in groups)
@@ -165,7 +166,7 @@ def _terms_words(base: evaluate.Evaluation) -> str:
     return "".join(f", {name} {share:.1%}" for name, share in shares.items())
 
 
-def _scoring_words(config: Config, base: evaluate.Evaluation) -> str:
+def _scoring_words(config: Config, base: Evaluation) -> str:
     """What the scorer's speed means for the run."""
     each = base.seconds_per_score
     rollouts = config.prompts.prompts_per_iteration * config.prompts.samples_per_prompt

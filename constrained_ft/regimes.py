@@ -3,7 +3,7 @@
 import math
 
 from constrained_ft.config import Config
-from constrained_ft.evaluate import QUANTILES, Evaluation
+from constrained_ft.results import QUANTILES, Evaluation
 
 RARE, NEAR_CERTAIN = 0.02, 0.99
 _WANTED = 8  # completions of the rarer kind in an iteration

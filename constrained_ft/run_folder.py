@@ -11,6 +11,7 @@ logs/attempt_1/                     of every start
 final/llm/  final/adapter/  final/auxiliary/
 evaluation.json                     the table before and after, with intervals
 phases.json                         where the time and the memory went
+report/                             what `cft report` makes of all this
 
 Nothing here imports torch.
 """

@@ -12,8 +12,9 @@ from constrained_ft.parts import Parts
 from constrained_ft.progress import Silent
 from constrained_ft.prompts import Prompt
 from constrained_ft.randomness import seed_for
-from constrained_ft.rollouts import LabeledRollouts, sample
+from constrained_ft.rollouts import LabeledRollouts, Rollouts, sample
 from constrained_ft.run_folder import RunFolder
+from constrained_ft.scorer_config import is_quick
 from constrained_ft.scorers import least_scores
 from constrained_ft.target import Target
 
@@ -32,14 +33,39 @@ def record_base(parts: Parts, config: Config, folder: RunFolder) -> None:
 
 def record_iteration(
     parts: Parts, config: Config, folder: RunFolder, target: Target, iteration: int
-) -> None:
-    """The iteration's rollouts, and some 8 times a run what the LLM says to the fixed prompts."""
+) -> dict[str, float]:
+    """The iteration's rollouts, and some 8 times a run what the LLM says to the fixed prompts.
+
+    Returns:
+        `judge/...` of `metrics.METRICS`: what quick judges say of the rollouts. Training does not
+        see it; where it parts from the training scorer, the scorer is being gamed.
+    """
+    judged: dict[str, float] = {}
     if target.iteration == iteration:
         versions = " + ".join(scorer.version for scorer in parts.scorers)
         _write_rollouts(folder, parts.replay[0], versions)
+        judged = _ask_judges(parts, config, parts.replay[0].rollouts)
     last = config.trainer.iterations
-    if iteration % -(-last // _MOST_FILES) != 0 and iteration != last:
-        return
+    if iteration % -(-last // _MOST_FILES) == 0 or iteration == last:
+        _record_fixed_prompts(parts, config, folder, iteration)
+    return judged
+
+
+def _ask_judges(parts: Parts, config: Config, rollouts: Rollouts) -> dict[str, float]:
+    """The share that satisfies each judge, of the rollouts to which it gives a score."""
+    found = {}
+    for name, judge in config.evaluation.all_judges().items():
+        if not is_quick(judge.scorer):
+            continue
+        said = least_scores([parts.judges[name]], rollouts.prompt_texts, rollouts.texts)
+        scores = [score for score in said if score is not None]
+        if scores:
+            satisfied = sum(score >= judge.satisfied_at for score in scores)
+            found[f"judge/{name}/satisfaction"] = satisfied / len(scores)
+    return found
+
+
+def _record_fixed_prompts(parts: Parts, config: Config, folder: RunFolder, iteration: int) -> None:
     prompts = _fixed_prompts(parts)
     base = [json.loads(line)["base"] for line in folder.samples_file(0).read_text().splitlines()]
     now = parts.llm.frozen()

@@ -5,11 +5,10 @@ Meng et al. 2024, arXiv:2410.05559. What each line means is in the module it cal
 
 import time
 
-from constrained_ft import checkpoint, equations, evaluate, metrics, paired, phases
+from constrained_ft import checkpoint, equations, metrics, paired, phases, results
 from constrained_ft.config import Config
 from constrained_ft.distributed import StopRequest, World
 from constrained_ft.errors import DivergedError
-from constrained_ft.evaluate import Evaluation
 from constrained_ft.finetune import rows_after_first_step, update_llm
 from constrained_ft.loading import export, load_base
 from constrained_ft.memory import memory_line, peak_memory, release_freed
@@ -19,6 +18,7 @@ from constrained_ft.parts import Parts, build_parts
 from constrained_ft.placement import Done, Inline, Peers, Pending, divide
 from constrained_ft.preflight import evaluate_held_out, look_before, rehearse
 from constrained_ft.progress import Display
+from constrained_ft.results import Evaluation
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.samples import record_iteration
 from constrained_ft.target import Target
@@ -89,7 +89,7 @@ def train(
             row |= target.metrics
         if parts.everyone.leads:
             with parts.phases.during("samples"):
-                record_iteration(parts, config, folder, target, iteration)
+                row |= record_iteration(parts, config, folder, target, iteration)
             row |= {"time/target": learned - started, "time/update": updated - learned}
             row |= {"iteration": float(iteration), "time/iteration": time.monotonic() - started}
             with parts.phases.during("checkpoint"):
@@ -165,9 +165,9 @@ def _finish(
     evaluations = [base, tuned]
     if parts.everyone.leads:
         found = differences(evaluations)
-        evaluate.save(folder.evaluation_file, evaluations, config, differences=paired.plain(found))
+        results.save(folder.evaluation_file, evaluations, config, differences=paired.plain(found))
         write_cards((folder.final_llm, folder.final_adapter), evaluations, config)
-        parts.display.table("Held-out prompts and text", *evaluate.table(evaluations))
+        parts.display.table("Held-out prompts and text", *results.table(evaluations))
         parts.display.table("The same prompts and random numbers", *paired.table(found))
     _say_where_time_went(parts, folder)
     if isinstance(placement, Peers) and not placement.learns:

@@ -21,6 +21,7 @@ from constrained_ft.fit import (
     Examples,
     _with_td_targets,
     area_under_curve,
+    bins,
     calibration_error,
     fit_auxiliary,
     measure,
@@ -333,6 +334,10 @@ def test_the_calibration_error_is_that_of_scikit_learns_curve() -> None:
     counts = np.histogram(probs_N.numpy(), bins=10, range=(0, 1))[0]
     expected = np.sum(np.abs(observed - predicted) * counts[counts > 0]) / 500
     assert calibration_error(probs_N, labels_N) == pytest.approx(expected, abs=1e-6)
+    found = bins(probs_N, labels_N)
+    assert [one.observed for one in found] == pytest.approx(observed, abs=1e-6)
+    assert [one.predicted for one in found] == pytest.approx(predicted, abs=1e-6)
+    assert [one.share for one in found] == pytest.approx(counts[counts > 0] / 500)
 
 
 def test_td_targets_mix_the_label_with_what_r_expects() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from constrained_ft import compare, evaluate
+from constrained_ft import compare, results
 from constrained_ft.cli.display import PlainDisplay
 from constrained_ft.compare import evaluate_command
 from constrained_ft.compose import compose
@@ -60,7 +60,7 @@ def generate(
     return generate_command(str(target), n=n, guided=guided, **(options | changes))
 
 
-def measure(*targets: Path, **changes: object) -> tuple[list[evaluate.Evaluation], str]:
+def measure(*targets: Path, **changes: object) -> tuple[list[results.Evaluation], str]:
     """The result and what was shown."""
     shown = StringIO()
     options: dict[str, object] = {
@@ -133,7 +133,7 @@ def test_a_model_that_is_nowhere_is_a_model_error(tmp_path: Path) -> None:
 
 
 def test_evaluating_a_run_gives_what_the_run_measured(run: Path) -> None:
-    recorded = evaluate.load(RunFolder(run).evaluation_file)
+    recorded = results.load(RunFolder(run).evaluation_file)
     measured, _ = measure(run)
     assert [one.model for one in measured] == ["base", "small"]
     for before, now in zip(recorded, measured, strict=True):
@@ -185,7 +185,7 @@ def test_prompts_of_a_file_are_all_used_and_the_result_is_written(
     file.write_text("".join(f"Sentence {i} begins\n" for i in range(9)))
     measured, _ = measure(run, prompts_file=file, output=output, seed=5)
     assert measured[0].groups["file"].prompts == 9
-    assert evaluate.load(output) == measured
+    assert results.load(output) == measured
     settings = json.loads(output.read_text())["settings"]
     assert settings["prompts"] == str(file)
     assert (settings["seed"], settings["samples_per_prompt"]) == (5, 4)

@@ -9,16 +9,16 @@ import pytest
 import torch
 from small import SMALL, run, small_config, small_parts
 
-from constrained_ft import evaluate, metrics, preflight
+from constrained_ft import metrics, preflight, results
 from constrained_ft.compose import compose
 from constrained_ft.distributed import StopRequest
 from constrained_ft.errors import Interrupted, MissingScoresError, ScorerError
-from constrained_ft.evaluate import Evaluation, GroupResult
 from constrained_ft.finetune import update_llm
 from constrained_ft.intervals import Interval
 from constrained_ft.progress import Silent
 from constrained_ft.prompts import Prompt
 from constrained_ft.regimes import advice
+from constrained_ft.results import Evaluation, GroupResult
 from constrained_ft.rollouts import Rollouts, label, with_scores
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.scorers import build_scorer, score_all
@@ -60,11 +60,11 @@ def test_a_run_under_two_constraints_reports_both(tmp_path: Path) -> None:
         assert [one["satisfied"] for one in rollouts] == both.tolist()
         assert row["term/brief/beta"] >= 0
         assert all(math.isfinite(value) for value in row.values())
-    _, tuned = evaluate.load(folder.evaluation_file)
+    _, tuned = results.load(folder.evaluation_file)
     (group,) = tuned.groups.values()
     assert set(group.terms) == {"nontoxic", "brief"}
     assert group.satisfaction.mean <= min(one.mean for one in group.terms.values()) + 1e-9
-    _, table = evaluate.table([tuned])
+    _, table = results.table([tuned])
     assert [row[0].strip() for row in table if "of " in row[0]][:2] == ["of nontoxic", "of brief"]
 
 
@@ -164,10 +164,10 @@ def test_what_is_missing_is_left_out_of_every_rate(tmp_path: Path) -> None:
         assert row["rollouts/satisfaction"] == pytest.approx(share)
         missing += 40 - len(rollouts)
     assert missing > 0
-    base, _ = evaluate.load(folder.evaluation_file)
+    base, _ = results.load(folder.evaluation_file)
     (group,) = base.groups.values()
     assert group.missing > 0
-    assert any("without a score" in row[0] for row in evaluate.table([base])[1])
+    assert any("without a score" in row[0] for row in results.table([base])[1])
 
 
 def test_too_many_missing_scores_stop_the_run_with_a_checkpoint(tmp_path: Path) -> None:

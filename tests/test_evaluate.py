@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from sklearn.metrics import cohen_kappa_score
 from small import run, small_config, small_parts, tiny_llm
 
-from constrained_ft import evaluate, paired
+from constrained_ft import evaluate, paired, results
 from constrained_ft.auxiliary import FrozenAuxiliary
 from constrained_ft.compare import evaluate_command
 from constrained_ft.compose import compose
@@ -148,7 +148,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = run(small_config(*WIDE), tmp_path_factory.mktemp("wide") / "run")
     folder.write_status("finished")
     tree: dict[str, Any] = json.loads(folder.evaluation_file.read_text())
-    tree["read"] = evaluate.load(folder.evaluation_file)
+    tree["read"] = results.load(folder.evaluation_file)
     tree["folder"] = folder.path
     return tree
 
@@ -161,7 +161,7 @@ def test_judges_stand_side_by_side(wide: dict[str, Any]) -> None:
             assert set(group["agreement"]) == pairs
             assert group["self_bleu"] >= 0
     assert set(wide["settings"]["judges"]) == {"short", "no_a"}
-    titles = [row[0].strip() for row in evaluate.table(wide["read"])[1]]
+    titles = [row[0].strip() for row in results.table(wide["read"])[1]]
     for title in (
         "violations, judge short",
         "agreement (kappa), constraint / no_a",
@@ -238,7 +238,7 @@ def test_a_model_that_is_not_the_base_reads_what_was_said(wide: dict[str, Any]) 
             recorded.said_perplexity["base"].mean, rel=1e-5
         )
         assert one.said_perplexity["other"] != one.said_perplexity["base"]
-    titles = [row[0].strip() for row in evaluate.table(found)[1]]
+    titles = [row[0].strip() for row in results.table(found)[1]]
     assert "perplexity of completions under another model" in titles
 
 

@@ -13,7 +13,7 @@ from small import run, small_config, small_parts
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from constrained_ft import checkpoint, evaluate, metrics
+from constrained_ft import checkpoint, evaluate, metrics, results
 from constrained_ft.config import Config
 from constrained_ft.corpus import load_corpus
 from constrained_ft.distributed import StopRequest
@@ -218,12 +218,12 @@ def test_every_metric_has_a_meaning_and_every_meaning_a_metric(
     seen: set[str] = set()
     for folder in straight.values():
         for row in metrics.read(folder.metrics_file):
-            assert set(row) <= set(METRICS)
+            assert {metrics.entry(name) for name in row} <= set(METRICS)
             assert all(math.isfinite(value) for value in row.values())
-            seen |= set(row)
-    # Those of peers, of guards and of several constraints are in their own tests.
+            seen |= {metrics.entry(name) for name in row}
+    # Those of peers, guards, judges and of several constraints are in their own tests.
     elsewhere = {"time/wait_target", "time/wait_llm", "update/rolled_back"}
-    elsewhere |= {name for name in METRICS if name.startswith("term")}
+    elsewhere |= {name for name in METRICS if name.startswith(("term", "judge"))}
     assert seen == set(METRICS) - elsewhere
     with pytest.raises(KeyError):
         metrics.append(tmp_path / "metrics.jsonl", {"update/loss": 1.0, "no/meaning": 2.0})
@@ -252,7 +252,7 @@ def test_the_final_model_is_a_plain_one_and_says_what_was_measured(
     straight: Mapping[tuple[str, bool], RunFolder], *, lora: bool
 ) -> None:
     folder = straight["alternating", lora]
-    base, tuned = evaluate.load(folder.evaluation_file)
+    base, tuned = results.load(folder.evaluation_file)
     assert (base.model, tuned.model) == ("base", "tuned")
     assert base.kl_to_base is None
     assert tuned.kl_to_base is not None
@@ -284,7 +284,7 @@ def test_the_evaluation_is_that_of_the_samples(
     straight: Mapping[tuple[str, bool], RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = straight["alternating", False]
-    _, tuned = evaluate.load(folder.evaluation_file)
+    _, tuned = results.load(folder.evaluation_file)
     (result,) = tuned.groups.values()
     config = small_config("trainer=alternating")
     texts: list[str] = []
@@ -348,7 +348,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[floa
         "plain": ["trainer=alternating", "trainer.kl_weight=0"],
     }.items():
         folder = run(small_config(*longer, *overrides), path / name)
-        base, tuned = evaluate.load(folder.evaluation_file)
+        base, tuned = results.load(folder.evaluation_file)
         (before,), (after,) = base.groups.values(), tuned.groups.values()
         rates[name] = (before.satisfaction.mean, after.satisfaction.mean)
     return rates
