@@ -80,6 +80,20 @@ def lay_over(tree: "DictConfig", overrides: Sequence[str]) -> None:
         OmegaConf.update(tree, name, override.value(), merge=True, force_add=True)
 
 
+def key_of(override: str) -> str:
+    """The key or group that an override sets or deletes."""
+    return override.lstrip("+~").partition("=")[0].partition("@")[0]
+
+
+def values_of(overrides: Sequence[str]) -> dict[str, Any]:
+    """What each override sets, by its key or group.
+
+    Raises:
+        ConfigError: for an override that cannot be read.
+    """
+    return {override.key_or_group: override.value() for override in _parse(overrides)}
+
+
 def assignment(key: str, value: str) -> str:
     """`key=value` for a text, quoted where the override syntax would read it differently."""
     is_plain = re.fullmatch(r"[A-Za-z_/.][\w/.-]*", value) is not None
