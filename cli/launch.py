@@ -30,7 +30,7 @@ ConfigFile = Annotated[
     typer.Option(
         "--config",
         metavar="FILE.yaml",
-        help="A complete configuration, such as the config.yaml of a run, instead of the groups.",
+        help="Options and keys in one YAML file, or the config.yaml of a run. KEY=VALUE wins.",
     ),
 ]
 _LAUNCH = "Several processes (what stands behind -- goes to torchrun)"
@@ -68,17 +68,26 @@ class Request:
             ConfigError: if it is wrong.
         """
         from constrained_ft.compose import compose, load_config
+        from constrained_ft.config_file import is_complete
 
-        if self.config_file is None:
-            return compose(self.overrides, self.config_dirs)
+        if self.config_file is None or not is_complete(self.config_file):
+            return compose(self.overrides, self.config_dirs, self.config_file)
         if self.config_dirs:
-            raise ConfigError("--config is a complete configuration and takes no --config-dir")
+            raise ConfigError(
+                f"{self.config_file} is a complete configuration and takes no --config-dir; leave "
+                "one of them out"
+            )
         return load_config(self.config_file, self.overrides)
 
     def names_folder(self) -> bool:
         """Whether the command line names the run folder itself."""
-        given = (override.lstrip("+").partition("=")[0] for override in self.overrides)
-        return self.config_file is not None or "output_dir" in given
+        from constrained_ft.config_file import is_complete, read_config_file
+
+        given = [override.lstrip("+").partition("=")[0] for override in self.overrides]
+        if "output_dir" in given or self.config_file is None:
+            return "output_dir" in given
+        file = self.config_file
+        return is_complete(file) or "output_dir" in read_config_file(file, self.config_dirs).values
 
     def options(self) -> list[str]:
         """The same request, but for its overrides, for a child process."""

@@ -9,23 +9,31 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from constrained_ft.config import Config
+from constrained_ft.config_file import ConfigFile, read_config_file
 from constrained_ft.errors import ConfigError
-from constrained_ft.groups import CONF, PRIMARY, package_file
+from constrained_ft.groups import CONF, PRIMARY, groups, package_file
 from constrained_ft.keys import Tree
-from constrained_ft.overrides import lay_over, normalise
+from constrained_ft.overrides import key_of, lay_over, normalise
 from constrained_ft.validation import refuse_gaps, validated
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 __all__ = ["compose", "config_to_yaml", "differences", "load_config"]
 
 
-def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> Config:
+def compose(
+    overrides: Sequence[str], config_dirs: Sequence[Path] = (), file: Path | None = None
+) -> Config:
     """The configuration of `cft train OVERRIDES`.
 
     Args:
         overrides: `group=option` and `section.key=value`, as on the command line.
         config_dirs: folders of your own groups and experiments.
+        file: a YAML file of options and keys, over which the overrides go.
 
     Raises:
         ConfigError: naming every key that is wrong and what to do.
@@ -35,12 +43,21 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> Confi
     from omegaconf import OmegaConf
 
     OmegaConf.register_new_resolver("package_file", package_file, replace=True)
+    brought = ConfigFile() if file is None else read_config_file(file, config_dirs)
     prepared = normalise(overrides, config_dirs, sweep=False)
+    given = [key_of(override) for override in overrides]
+    chosen = _options_of(brought, given, config_dirs)
     with _translated_errors():
         with initialize_config_module(CONF, version_base="1.3"):
-            tree = hydra_compose(PRIMARY, overrides=prepared)
+            tree = hydra_compose(PRIMARY, overrides=[*chosen, *prepared])
+        if file is not None:
+            _lay_file_under(tree, brought, overrides, config_dirs)
         refuse_gaps(tree)
-        return validated(OmegaConf.to_container(tree, resolve=True), config_dirs)
+        return validated(
+            OmegaConf.to_container(tree, resolve=True),
+            config_dirs,
+            lambda key: "" if key in given else brought.place(key),
+        )
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -66,7 +83,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
             raise ConfigError(f"{path} holds no keys; expected the config.yaml of a run")
         lay_over(tree, overrides)
         refuse_gaps(tree)
-        return validated(OmegaConf.to_container(tree, resolve=True), (), str(path))
+        return validated(OmegaConf.to_container(tree, resolve=True), (), lambda key: str(path))
 
 
 def config_to_yaml(config: Config) -> str:
@@ -94,6 +111,35 @@ def _flat(tree: Tree, prefix: str = "") -> Tree:
         else:
             found[prefix + name] = value
     return found
+
+
+def _options_of(
+    brought: ConfigFile, given: Sequence[str], config_dirs: Sequence[Path]
+) -> list[str]:
+    """The options that a file chooses and the command line does not, as overrides."""
+    prepared: list[str] = []
+    for group, option in brought.options.items():
+        if group in given:
+            continue
+        try:
+            prepared += normalise([f"{group}={option}"], config_dirs, sweep=False)
+        except ConfigError as error:
+            raise ConfigError(f"{brought.place(group)}: {error}") from None
+    return [override for override in prepared if not override.startswith("hydra.")]
+
+
+def _lay_file_under(
+    tree: "DictConfig", brought: ConfigFile, overrides: Sequence[str], config_dirs: Sequence[Path]
+) -> None:
+    """Set what a file says, then once more what the command line says, which wins."""
+    from omegaconf import OmegaConf
+
+    deleted = [key_of(override) for override in overrides if override.startswith("~")]
+    for key, value in brought.values.items():
+        if key not in deleted:
+            OmegaConf.update(tree, key, value, merge=True, force_add=True)
+    keys = [o for o in overrides if key_of(o) not in (*groups(config_dirs), *deleted)]
+    lay_over(tree, keys)
 
 
 @contextmanager

@@ -80,6 +80,11 @@ def lay_over(tree: "DictConfig", overrides: Sequence[str]) -> None:
         OmegaConf.update(tree, name, override.value(), merge=True, force_add=True)
 
 
+def key_of(override: str) -> str:
+    """The key or group that an override sets or deletes."""
+    return override.lstrip("+~").partition("=")[0].partition("@")[0]
+
+
 def assignment(key: str, value: str) -> str:
     """`key=value` for a text, quoted where the override syntax would read it differently."""
     is_plain = re.fullmatch(r"[A-Za-z_/.][\w/.-]*", value) is not None

@@ -4,88 +4,8 @@ import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from constrained_ft.foreign_names import FOREIGN_NAMES, is_foreign, our_name, tools_with
 from constrained_ft.keys import ANY_NAME, keys_of_schema
-
-# What other tools call it. The value is our key, or a sentence where there is no such key.
-FOREIGN_NAMES = {
-    "base_model": "llm.model_name_or_path",
-    "model": "llm.model_name_or_path",
-    "model_path": "llm.model_name_or_path",
-    "model_name": "llm.model_name_or_path",
-    "pretrained_model_name_or_path": "llm.model_name_or_path",
-    "checkpoint_dir": "llm.model_name_or_path",
-    "torch_dtype": "llm.dtype",
-    "model_dtype": "llm.dtype",
-    "flash_attention": "llm.attn_implementation",
-    "flash_attn": "llm.attn_implementation",
-    "enable_gradient_checkpointing": "llm.gradient_checkpointing",
-    "enable_activation_checkpointing": "llm.gradient_checkpointing",
-    "peft": "llm.lora",
-    "use_peft": "llm.lora (null trains all weights)",
-    "lora_r": "llm.lora.r",
-    "lora_rank": "llm.lora.r",
-    "lora_alpha": "llm.lora.alpha",
-    "lora_dropout": "llm.lora.dropout",
-    "lora_target": "llm.lora.target_modules",
-    "lora_target_modules": "llm.lora.target_modules",
-    "lora_target_linear": "llm.lora.target_modules=all-linear",
-    "lr": "trainer.learning_rate",
-    "wd": "trainer.weight_decay",
-    "batch_size": "trainer.per_device_train_batch_size",
-    "micro_batch_size": "trainer.per_device_train_batch_size",
-    "micro_batch_size_per_gpu": "trainer.per_device_train_batch_size",
-    "train_batch_size": "trainer.per_device_train_batch_size",
-    "grad_accum": "trainer.gradient_accumulation_steps",
-    "accumulate_grad_batches": "trainer.gradient_accumulation_steps",
-    "lr_scheduler_type": "trainer.lr_scheduler",
-    "lr_warmup_steps": "trainer.warmup_steps",
-    "num_warmup_steps": "trainer.warmup_steps",
-    "warmup_ratio": "trainer.warmup_steps (a number of steps)",
-    "max_norm": "trainer.max_grad_norm",
-    "clip_grad": "trainer.max_grad_norm",
-    "clip_grad_norm": "trainer.max_grad_norm",
-    "gradient_clip_val": "trainer.max_grad_norm",
-    "bf16": "trainer.precision=bf16",
-    "fp16": "trainer.precision (bf16 or fp32)",
-    "mixed_precision": "trainer.precision",
-    "lambda": "trainer.kl_weight",
-    "kl_coef": "trainer.kl_weight",
-    "kl_loss_coef": "trainer.kl_weight",
-    "init_kl_coef": "trainer.kl_weight",
-    "beta": "trainer.kl_weight, the weight of the KL (constraint.beta is the tilt)",
-    "max_steps": "trainer.iterations times trainer.steps_per_iteration",
-    "num_train_epochs": "trainer.iterations times trainer.steps_per_iteration",
-    "num_epochs": "trainer.iterations times trainer.steps_per_iteration",
-    "epochs": "trainer.iterations times trainer.steps_per_iteration",
-    "sequence_len": "data.max_length",
-    "cutoff_len": "data.max_length",
-    "max_seq_len": "data.max_length",
-    "max_seq_length": "data.max_length",
-    "block_size": "data.max_length",
-    "dataset": "data.path (a file) or data.name (a hub dataset)",
-    "datasets": "data.sources",
-    "dataset_name": "data.name",
-    "dataset_path": "data.path",
-    "train_file": "data.path",
-    "train_files": "data.path",
-    "val_set_size": "data.validation_share",
-    "max_completion_length": "prompts.max_new_tokens",
-    "response_length": "prompts.max_new_tokens",
-    "max_response_length": "prompts.max_new_tokens",
-    "num_generations": "prompts.samples_per_prompt",
-    "rollout_n": "prompts.samples_per_prompt",
-    "num_return_sequences": "prompts.samples_per_prompt",
-    "reward_model": "constraint.scorer",
-    "reward_funcs": "constraint.scorer (kind=function, path=FILE.py:FUNCTION)",
-    "reward_function": "constraint.scorer (kind=function, path=FILE.py:FUNCTION)",
-    "delta": "constraint.threshold",
-    "output": "output_dir",
-    "out_dir": "output_dir",
-    "run_name": "name",
-    "experiment_name": "name",
-    "random_seed": "seed",
-    "target_kl": "guard.kl_limit",
-}
 
 
 def unknown_key(path: str, config_dirs: Sequence[Path] = ()) -> str:
@@ -103,12 +23,14 @@ def unknown_key(path: str, config_dirs: Sequence[Path] = ()) -> str:
 def _suggestion(path: str) -> str:
     """What may have been meant by a path that the schema does not know."""
     *parents, leaf = path.split(".")
+    if is_foreign(leaf):
+        return _translated(leaf)
     beside = closest(leaf, _siblings(parents))
     if beside is not None:
         return f"did you mean {'.'.join([*parents, beside])}?"
-    foreign = closest(leaf.lower(), FOREIGN_NAMES)
+    foreign = closest(leaf.lower(), [name for names in FOREIGN_NAMES.values() for name in names])
     if foreign is not None:
-        return f"here it is called {FOREIGN_NAMES[foreign]}"
+        return _translated(foreign)
     keys = [key for key in keys_of_schema() if not path.startswith(key + ".")]
     same_leaf = [key for key in keys if key.rsplit(".", 1)[-1] == leaf and ANY_NAME not in key]
     if same_leaf:
@@ -116,6 +38,14 @@ def _suggestion(path: str) -> str:
     by_leaf = {key.rsplit(".", 1)[-1]: key for key in reversed(keys)}
     near = closest(path, keys) or by_leaf.get(closest(leaf, by_leaf) or "")
     return f"did you mean {near}?" if near else "`cft config list` shows every key"
+
+
+def _translated(name: str) -> str:
+    """Our name for what other tools call so, or what to do instead."""
+    ours, tools = our_name(name), tools_with(name)
+    verb = "here there is" if ours.startswith("no key") else "here it is called"
+    whose = f" ({name} is the name in {' and '.join(tools)})" if tools else ""
+    return f"{verb} {ours}{whose}"
 
 
 def _siblings(parents: list[str]) -> list[str]:

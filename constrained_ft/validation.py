@@ -1,7 +1,7 @@
 """A composed tree → a `Config`, or one error that names every key that is wrong and what to do."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +30,15 @@ def refuse_gaps(tree: "DictConfig") -> None:
     raise_problems([f"{gap} is not set: {_how_to_set(gap)}" for gap in gaps])
 
 
-def validated(tree: Any, config_dirs: Sequence[Path] = (), file: str = "") -> Config:
+def validated(
+    tree: Any, config_dirs: Sequence[Path] = (), place: Callable[[str], str] = lambda key: ""
+) -> Config:
     """The configuration of a composed tree.
 
     Args:
         tree: plain dicts, lists and values.
         config_dirs: folders of the user's, where an unknown key may come from.
-        file: the file that was read, to be named.
+        place: the file, or its line, that sets a key, to be named; empty for the command line.
 
     Raises:
         ConfigError: naming every key that is wrong.
@@ -46,18 +48,18 @@ def validated(tree: Any, config_dirs: Sequence[Path] = (), file: str = "") -> Co
         return Config.model_validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
         found = [(dotted_path(item["loc"]), item) for item in error.errors(include_url=False)]
-    if len([item for _, item in found if item["type"] == "missing"]) > 3 and file:
+    missing = [path for path, item in found if item["type"] == "missing"]
+    if len(missing) > 3 and place(""):
         raise ConfigError(
-            f"{file} is not a complete configuration: {found[0][0]} is missing. --config takes the "
-            "config.yaml of a run; a file of a few changes goes into a folder, as "
-            "DIR/experiment/NAME.yaml, and is used with --config-dir DIR experiment=NAME"
-        ) from None
+            f"{place('')} is not a complete configuration: {missing[0]} is missing; give the "
+            "config.yaml of a run, or a file of a few keys to `cft train --config`"
+        )
     # A union reports one problem for each of its members.
     lines = {
-        (path, item["type"] == "missing"): _explain(path, item, tree, config_dirs)
+        (path, item["type"] == "missing"): (place(path), _explain(path, item, tree, config_dirs))
         for path, item in found
     }
-    raise_problems([f"{file}: {line}" if file else line for line in lines.values()])
+    raise_problems([f"{where}: {line}" if where else line for where, line in lines.values()])
     raise AssertionError("a validation error has at least one problem")
 
 
