@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from constrained_ft.cli.completion import complete_override
 from constrained_ft.cli.outcome import record
 from constrained_ft.cli.settings import settings
 from constrained_ft.cli.torchrun import Processes, run_processes, wait_for_run
@@ -23,7 +24,11 @@ __all__ = ["Request", "train"]
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="GROUP=OPTION and SECTION.KEY=VALUE."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="GROUP=OPTION and SECTION.KEY=VALUE.",
+        autocompletion=complete_override,
+    ),
 ]
 ConfigFile = Annotated[
     Path | None,

@@ -1,5 +1,7 @@
 """The folders of YAML groups, ours and the user's: which groups and options there are."""
 
+import difflib
+import shutil
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -49,6 +51,31 @@ def check_folders(config_dirs: Sequence[Path]) -> None:
                     f"such as {name.with_stem('my_' + name.stem)}"
                 )
             owners[name] = file
+
+
+def copy_option(group: str, option: str, folder: Path, name: str) -> Path:
+    """Copy a file of ours into a folder of the user's, under a name of its own.
+
+    Raises:
+        ConfigError: if there is no such file, or the new one is there already.
+    """
+    ours = groups()
+    if option not in ours.get(group, []):
+        listed = [f"{one}/{other}" for one, options in ours.items() for other in options]
+        near = difflib.get_close_matches(f"{group}/{option}", listed, n=1)
+        meant = f"did you mean {near[0]}?" if near else "`cft config list` shows all of them"
+        raise ConfigError(f"{group}/{option}: no such file comes with cft; {meant}")
+    if name in ours[group] or Path(name).name != name:
+        raise ConfigError(f"--as {name}: give a name that cft has not itself, such as my_{option}")
+    file = folder / group / f"{name}.yaml"
+    if file.exists():
+        raise ConfigError(f"{file} exists; give the copy another name with --as NAME")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(package_file(f"{group}/{option}.yaml"), file)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error.strerror}; choose a FOLDER") from None
+    return file
 
 
 def package_file(name: str) -> str:
