@@ -39,6 +39,11 @@ class Settings:
         text = Text("error: ", style="bold red").append(message, style="not bold default")
         self.console(stderr=True).print(text, soft_wrap=True)
 
+    def say(self, text: str) -> None:
+        """One line for people, such as what to do next; none when quiet."""
+        if not self.quiet:
+            self.console().print(Text(text), soft_wrap=True)
+
     def warn(self, message: str) -> None:
         """One line on standard error, also from a signal handler."""
         with suppress(OSError):

@@ -286,6 +286,25 @@ class RunFolder:
             _let_go(lock)
         return lock is None
 
+    def delete(self) -> None:
+        """Delete the run, and the folder where nothing else is in it.
+
+        Raises:
+            ConfigError: if another process writes to it, or it cannot be deleted.
+        """
+        self._take()
+        try:
+            self._delete_run()
+            (self.path / _LOCK).unlink(missing_ok=True)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path} cannot be deleted: {error.strerror}; delete it by hand"
+            ) from None
+        finally:
+            self.close()
+
     def lock_descriptors(self) -> tuple[int, ...]:
         """What a child process inherits to hold the lock too."""
         assert self._lock is not None
