@@ -93,4 +93,3 @@ def _words(allowed: str) -> list[str]:
 
 def _first_sentence(text: str) -> str:
     return re.split(r"(?<=[.:;])\s", text, maxsplit=1)[0].rstrip(".:;")
-

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from constrained_ft.cli.launch import ConfigDirs, ConfigFile, Overrides, Request
 from constrained_ft.cli.completion import complete_copied, complete_section
+from constrained_ft.cli.launch import ConfigDirs, ConfigFile, Overrides, Request
 from constrained_ft.cli.settings import settings
 from constrained_ft.errors import ConfigError
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Show, check, list, copy and compare the configuration.", no_args_is_help=True)
+app = typer.Typer(
+    help="Show, check, list, copy and compare the configuration.", no_args_is_help=True
+)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from constrained_ft.cli import configure, launch, measure, runs, score
+from constrained_ft.cli import configure, data, doctor, launch, measure, runs, score
 from constrained_ft.cli.settings import settings
 from constrained_ft.errors import CftError
 
@@ -59,6 +59,9 @@ app.command()(measure.generate)
 app.add_typer(score.app, name="score")
 app.add_typer(configure.app, name="config")
 app.add_typer(runs.app, name="runs")
+app.command()(data.init)
+app.add_typer(data.app, name="data")
+app.command()(doctor.doctor)
 app.command()(measure.selfcheck)
 
 

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(help="The runs that there are: list them, show one, delete.", no_args_is_help=True)
+app = typer.Typer(
+    help="The runs that there are: list them, show one, delete.", no_args_is_help=True
+)
 
 Places = Annotated[
     list[Path] | None,
-    typer.Argument(
-        metavar="[FOLDER]...", help="Where to look; outputs and multirun if left out."
-    ),
+    typer.Argument(metavar="[FOLDER]...", help="Where to look; outputs and multirun if left out."),
 ]
 _DECIMAL = 1000
 

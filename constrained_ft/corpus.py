@@ -112,6 +112,14 @@ def corpus_of(rows: Sequence[Row]) -> Corpus:
     return Corpus(training=tuple(rows), validation=(), stats=stats)
 
 
+def prompt_and_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What a scorer is asked about a row: its trained part, after the rest as the prompt."""
+    first = row.trained.index(True) if row.prompted and any(row.trained) else 0
+    sides = [row.token_ids[:first], row.token_ids[first:]]
+    prompt, text = tokenizer.batch_decode([list(side) for side in sides], skip_special_tokens=True)
+    return prompt, text
+
+
 def _stats(
     documents: Sequence[Document], training: Sequence[Row], validation: Sequence[Row]
 ) -> CorpusStats:

@@ -1,7 +1,7 @@
 """What other tools call a key: their name, and ours or what to do instead.
 
-The names are those of the tools' configuration files. A table of data: `suggestions.py` makes sentences
-of it. A value begins with a key of ours, or with "no key" and what to do.
+The names are those of the tools' configuration files. A table of data: `suggestions.py` makes
+sentences of it. A value begins with a key of ours, or with "no key" and what to do.
 """
 
 _SHARED = {

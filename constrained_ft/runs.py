@@ -1,6 +1,6 @@
 """The runs below some folders: where they stand, what they came to, and which may go.
 
-Only small files are read and nothing here imports torch, so that hundreds of runs are listed at once.
+Only small files are read and nothing here imports torch: hundreds of runs are listed at once.
 """
 
 import json
