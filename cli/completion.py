@@ -25,8 +25,7 @@ def complete_override(context: typer.Context, incomplete: str) -> list[tuple[str
         return [*_values(given[-2], incomplete, folders)]
     key, equals, value = incomplete.partition("=")
     if equals:
-        found = _values(key, value, folders)
-        return [(f"{key}={one}", meaning) for one, meaning in found]
+        return [(f"{key}={one}", text) for one, text in _values(key, value, folders)]
     found = [*_names(incomplete, folders)]
     if len(found) == 1 and found[0][0].endswith("="):
         # With one word only, shells add a blank behind it.

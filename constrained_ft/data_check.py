@@ -217,8 +217,8 @@ def _remarks(groups: dict[str, _Group], config: Config) -> list[str]:
     if equal:
         first = next(key for key, n in Counter(record.key for record in records).items() if n > 1)
         remarks.append(
-            f"rows that repeat an earlier one: {equal:,}, such as {_excerpt(first)!r}; remove them, "
-            "or use data.sources.<name>.repeat for those that are to come up more often"
+            f"rows that repeat an earlier one: {equal:,}, such as {_excerpt(first)!r}; remove "
+            "them, or use data.sources.<name>.repeat for those that are to come up more often"
         )
     most = max((len(row.token_ids) for one in documents for row in one.rows), default=0)
     if most < config.data.max_length // 2:

@@ -23,6 +23,10 @@ def unknown_key(path: str, config_dirs: Sequence[Path] = ()) -> str:
 def _suggestion(path: str) -> str:
     """What may have been meant by a path that the schema does not know."""
     *parents, leaf = path.split(".")
+    sections = [key.path for key in keys_of_schema().values() if key.is_section]
+    meant = closest(".".join(parents), sections)
+    if f"{meant}.{leaf}" in keys_of_schema():
+        return f"did you mean {meant}.{leaf}?"
     if is_foreign(leaf):
         return _translated(leaf)
     beside = closest(leaf, _siblings(parents))

@@ -11,10 +11,10 @@ import pytest
 from constrained_ft.compose import compose, config_to_yaml, differences, load_config
 from constrained_ft.config import Config
 from constrained_ft.errors import ConfigError
+from constrained_ft.foreign_names import FOREIGN_NAMES
 from constrained_ft.groups import default_options, groups
 from constrained_ft.keys import keys_of_schema
 from constrained_ft.overrides import assignment, expand_sweep, normalise
-from constrained_ft.suggestions import FOREIGN_NAMES
 
 # Keys that only the user can give, by option.
 OPEN = {
@@ -312,12 +312,44 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         load_config(tmp_path / "config.yaml")
 
 
-@pytest.mark.parametrize("foreign", FOREIGN_NAMES)
-def test_foreign_names_lead_to_keys_that_exist(foreign: str) -> None:
-    ours = re.findall(r"[a-z_]+(?:\.[a-z_]+)+|^output_dir$|^name$|^seed$", FOREIGN_NAMES[foreign])
-    assert ours
-    assert set(ours) <= set(keys_of_schema())
-    assert foreign not in keys_of_schema()
+@pytest.mark.parametrize("tool", FOREIGN_NAMES)
+def test_foreign_names_lead_to_keys_that_exist_or_say_what_to_do(tool: str) -> None:
+    for foreign, ours in FOREIGN_NAMES[tool].items():
+        keys = re.findall(r"[a-z_]+(?:\.[a-z_]+)+|^output_dir$|^name$|^seed$", ours)
+        keys = [key for key in keys if key != "metrics.jsonl"]
+        assert set(keys) <= set(keys_of_schema()), foreign
+        assert keys or re.match("no key.*(leave it out|use the|upload|`cft|measured)", ours), (
+            foreign
+        )
+        assert foreign not in keys_of_schema()
+
+
+@pytest.mark.parametrize(
+    ("foreign", "key", "tool"),
+    [
+        ("base_model", "llm.model_name_or_path", "axolotl"),
+        ("micro_batch_size", "trainer.per_device_train_batch_size", "axolotl"),
+        ("sequence_len", "data.max_length", "axolotl"),
+        ("val_set_size", "data.validation_share", "axolotl"),
+        ("num_generations", "prompts.samples_per_prompt", "TRL"),
+        ("max_completion_length", "prompts.max_new_tokens", "TRL"),
+        ("beta", "trainer.kl_weight", "TRL"),
+        ("reward_funcs", "constraint.scorer", "TRL"),
+        ("lora_r", "llm.lora.r", "TRL"),
+        ("lora_rank", "llm.lora.r", "LLaMA-Factory"),
+        ("cutoff_len", "data.max_length", "LLaMA-Factory"),
+        ("num_train_epochs", "trainer.iterations", "transformers"),
+        ("lr_scheduler_type", "trainer.lr_scheduler", "transformers"),
+        ("deepspeed", "--nproc-per-node", "transformers"),
+        ("save_steps", "checkpoint", "transformers"),
+    ],
+)
+def test_the_names_of_other_tools_are_answered_with_ours(foreign: str, key: str, tool: str) -> None:
+    for section in ("", "trainer."):
+        message = refusal(f"{section}{foreign}=1")
+        assert f"unknown key {section}{foreign}; here" in message
+        assert key in message
+        assert f"({foreign} is the name in {tool})" in message
 
 
 def test_a_sweep_is_every_combination() -> None:
