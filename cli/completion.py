@@ -19,10 +19,10 @@ def complete_override(context: typer.Context, incomplete: str) -> list[tuple[str
     """
     given: list[str] = context.params.get("overrides") or []
     folders = [folder for folder in context.params.get("config_dir") or [] if folder.is_dir()]
-    if incomplete == "=" and given:
+    if given and given[-1] == "=":
+        return [*_values(given[-2], incomplete, folders)] if len(given) > 1 else []
+    if given and "=" not in given[-1] and not incomplete:  # right behind the `=`, Typer hides it
         return [*_values(given[-1], "", folders)]
-    if len(given) > 1 and given[-1] == "=":
-        return [*_values(given[-2], incomplete, folders)]
     key, equals, value = incomplete.partition("=")
     if equals:
         return [(f"{key}={one}", text) for one, text in _values(key, value, folders)]

@@ -133,7 +133,7 @@ def diff(
     rows = [[key, *(_value(one) for one in pair)] for key, pair in found.items()]
     with make_display(settings.console(), quiet=settings.quiet) as display:
         display.table("Keys that differ", ["key", str(left), str(right)], rows)
-        display.note("what a key means: cft config list KEY")
+    settings.say("what a key means: cft config list KEY")
 
 
 @app.command()

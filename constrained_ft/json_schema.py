@@ -17,8 +17,7 @@ def json_schema() -> dict[str, Any]:
     Nothing is required in it, as what is left out comes from the default run.
     """
     tree = Config.model_json_schema()
-    definitions = {name: _open(section) for name, section in tree.pop("$defs").items()}
-    properties = dict(tree["properties"])
+    definitions, properties = _open(tree["$defs"]), _open(tree["properties"])
     for group, options in groups().items():
         option = {"type": "string", "enum": options, "description": f"{group}=OPTION"}
         section = [properties[group]] if group in properties else []
@@ -39,11 +38,17 @@ def json_schema() -> dict[str, Any]:
     }
 
 
-def _open(section: dict[str, Any]) -> dict[str, Any]:
-    """A section of which a part may be given; only the kind of a scorer decides what else fits."""
-    required = [name for name in section.get("required", []) if name == "kind"]
-    kept = {name: value for name, value in section.items() if name != "required"}
-    return kept | ({"required": required} if required else {})
+def _open(node: Any) -> Any:
+    """A schema of which a part may be given, also of a scorer whose kind an option chooses."""
+    if isinstance(node, list):
+        return [_open(one) for one in node]
+    if not isinstance(node, dict):
+        return node
+    kept = {name: _open(one) for name, one in node.items() if name != "discriminator"}
+    if isinstance(kept.get("required"), list):
+        del kept["required"]
+    # Without their kind, the keys of a scorer may fit several.
+    return {"anyOf" if name == "oneOf" else name: one for name, one in kept.items()}
 
 
 def _flat(key: Key) -> dict[str, Any]:

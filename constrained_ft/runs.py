@@ -121,7 +121,7 @@ def last_metrics(folder: RunFolder) -> dict[str, float]:
         row = json.loads(last)
     except (OSError, ValueError):
         return {}
-    return {name: value for name, value in row.items() if isinstance(value, int | float)}
+    return {name: float(n) for name, n in row.items() if isinstance(n, int | float)}
 
 
 def results(folder: RunFolder) -> tuple[list[str], list[list[str]]]:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from types import ModuleType
@@ -16,10 +15,10 @@ from types import ModuleType
 import pytest
 import yaml
 from rich.console import Console
+from shell import Cft
 
 from constrained_ft.cli import sweep as sweep_module
 from constrained_ft.cli.display import PlainDisplay, TerminalDisplay, clean, make_display
-from constrained_ft.cli.main import main
 from constrained_ft.errors import (
     CheckpointError,
     DataError,
@@ -29,36 +28,6 @@ from constrained_ft.errors import (
     ScorerError,
 )
 from constrained_ft.run_folder import RunFolder
-
-
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-
-Cft = Callable[..., Ran]
-
-
-@pytest.fixture
-def cft(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cft:
-    """`cft ARGUMENTS` in this process, from an empty directory."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: str) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["cft", *arguments])
-        capsys.readouterr()
-        code: int | str | None = 0
-        try:
-            main(arguments)
-        except SystemExit as left:
-            code = left.code
-        captured = capsys.readouterr()
-        return Ran(int(code or 0), captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture
