@@ -2,10 +2,7 @@
 
 import csv
 import json
-import os
 import re
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -238,24 +235,23 @@ def test_doctor_finds_what_is_too_old_and_leaves_with_3(
     assert Requirement("torch>=99").specifier.contains(version) is False
 
 
-def test_doctor_prints_no_secret(tmp_path: Path) -> None:
+def test_doctor_prints_no_secret(cft: Cft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "SECRETNAME"
+    home.mkdir()
     secrets = {
         "HF_TOKEN": "hf_SECRETSECRET",
         "WANDB_API_KEY": "SECRETSECRET",
         "OPENAI_API_KEY": "SECRETSECRET",
         "PIP_INDEX_URL": "https://user:SECRETSECRET@localhost/simple",
         "HTTPS_PROXY": "http://user:SECRETSECRET@localhost",
-        "HOME": str(tmp_path / "SECRETNAME"),
-        "HF_HOME": str(tmp_path / "SECRETNAME" / "hub"),
+        "HOME": str(home),
+        "HF_HOME": str(home / "hub"),
     }
-    (tmp_path / "SECRETNAME").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-m", "constrained_ft.cli.main", "doctor"],
-        env={k: v for k, v in os.environ.items() if k != "XDG_CACHE_HOME"} | secrets,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "SECRET" not in done.stdout + done.stderr
-    assert re.search(r"hub login +yes", done.stdout)
-    assert re.search(r"HF_HOME +~/hub", done.stdout)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    ran = cft("doctor")
+    assert ran.code == 0, ran.err
+    assert "SECRET" not in ran.out + ran.err
+    assert re.search(r"hub login +yes", ran.out)
+    assert re.search(r"HF_HOME +~/hub", ran.out)

@@ -14,6 +14,7 @@ from constrained_ft.errors import ConfigError
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.runs import find_runs
 
+SMOKE = compose(["experiment=smoke"])
 EVALUATION = {
     "models": [
         {
@@ -31,8 +32,9 @@ EVALUATION = {
 
 def make(path: Path, state: str, *, days: float = 0, iteration: int = 2) -> RunFolder:
     """A run folder as a run of so many days ago left it."""
-    config = compose(["experiment=smoke", f"output_dir={path}"])
-    folder = RunFolder(path).start(config, ["cft", "train", "experiment=smoke"])
+    folder = RunFolder(path).start(
+        SMOKE.model_copy(update={"output_dir": str(path)}), ["cft", "train", "experiment=smoke"]
+    )
     folder.close()
     status = folder.status()
     when = (datetime.now(UTC) - timedelta(days=days)).isoformat(timespec="seconds")
