@@ -75,6 +75,18 @@ class Request:
             raise ConfigError("--config is a complete configuration and takes no --config-dir")
         return load_config(self.config_file, self.overrides)
 
+    def check(self, config: "Config") -> None:
+        """See that a configuration can run here, before anything is started.
+
+        Raises:
+            ConfigError: if it does not suit the processes.
+            ExtraError: if the package of its tracker is missing.
+        """
+        from constrained_ft.trackers import require_installed
+
+        self.processes.check(config)
+        require_installed(config.tracker)
+
     def names_folder(self) -> bool:
         """Whether the command line names the run folder itself."""
         given = (override.lstrip("+").partition("=")[0] for override in self.overrides)
@@ -186,7 +198,7 @@ def train(
         raise typer.Exit(sweep(request, dry_run=dry_run, best_at=best_at))
     if dry_run:
         shown = request.config()
-        request.processes.check(shown)
+        request.check(shown)
         _show(shown)
         return
     if request.processes.node_rank > 0:
@@ -232,7 +244,7 @@ def _join_first_machine(request: Request) -> None:
     config = request.config()
     if not request.names_folder():
         raise ConfigError("--node-rank above 0 needs output_dir=PATH, the folder of the first one")
-    request.processes.check(config)
+    request.check(config)
     wait_for_run(RunFolder(Path(config.output_dir)), request.processes)
 
 
@@ -261,7 +273,7 @@ def _start(request: Request) -> "tuple[Config, RunFolder] | None":
             folder = newest_unfinished(Path(config.output_dir).parent, config)
         if folder is None and not settings.quiet:
             console.print("no unfinished run of this configuration; starting a new one")
-    request.processes.check(config)
+    request.check(config)
     if folder is None:
         folder = RunFolder(Path(config.output_dir))
         return config, folder.start(config, command, clean=request.clean)
@@ -289,7 +301,7 @@ def _fork(request: Request, command: list[str]) -> "tuple[Config, RunFolder]":
         now = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         where = f"{source.path}-fork-{now}"
         config = config.model_copy(update={"output_dir": where})
-    request.processes.check(config)
+    request.check(config)
     folder = RunFolder(Path(config.output_dir))
     return config, folder.fork(source, config, command, clean=request.clean)
 
@@ -310,7 +322,8 @@ def run(config: "Config", folder: "RunFolder", processes: Processes) -> None:
 
 
 def _run_here(config: "Config", folder: "RunFolder") -> None:
-    from constrained_ft.cli.display import logged_display
+    from constrained_ft.cli.display import Several, logged_display
+    from constrained_ft.trackers import tracked
 
     settings.prepare_libraries()
     console = settings.console()
@@ -324,7 +337,8 @@ def _run_here(config: "Config", folder: "RunFolder") -> None:
 
             stop = StopRequest()
             stop.install()
-            train_llm(config, folder, display, stop)
+            with tracked(config, folder, display) as tracker:
+                train_llm(config, folder, Several(display, tracker), stop)
         folder.write_status("finished", exit_code=0)
     except BaseException as error:
         record(folder, error)

@@ -11,6 +11,7 @@ logs/attempt_1/                     of every start
 final/llm/  final/adapter/  final/auxiliary/
 evaluation.json                     the table before and after, with intervals
 phases.json                         where the time and the memory went
+tracker/                            what a tracker keeps, and which of its runs this is
 
 Nothing here imports torch.
 """
@@ -52,6 +53,7 @@ _OURS = (
         "evaluation.json",
         "phases.json",
         "report",
+        "tracker",
     ),
 )
 _LOCK = ".lock"
@@ -103,6 +105,11 @@ class RunFolder:
     def phases_file(self) -> Path:
         """Seconds, tokens and padding of each phase, and memory at the peak."""
         return self.path / "phases.json"
+
+    @property
+    def tracker(self) -> Path:
+        """What a tracker keeps here."""
+        return self.path / "tracker"
 
     @property
     def scores(self) -> Path:
