@@ -52,22 +52,31 @@ def best(points: Sequence[Point], satisfaction: float) -> Point | None:
 def table(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for people, the most satisfied first; of overrides those that differ."""
     groups = list(points[0].perplexity)
-    shared = set.intersection(*(set(point.overrides.split()) for point in points))
-    shared = shared if len(points) > 1 else set()
+    ordered = sorted(points, key=lambda point: -point.satisfaction)
     columns = ["job", "overrides", "satisfied", *(f"perplexity, {g}" for g in groups), "front"]
     return columns, [
         [
             point.job,
-            " ".join(word for word in point.overrides.split() if word not in shared),
+            words,
             f"{100 * point.satisfaction:.1f} % ({100 * point.low:.1f}–{100 * point.high:.1f})",
             *(f"{point.perplexity[group]:.2f}" for group in groups),
             "yes" if point.on_front else "",
         ]
-        for point in sorted(points, key=lambda point: -point.satisfaction)
+        for point, words in zip(
+            ordered, differing([point.overrides for point in ordered]), strict=True
+        )
     ]
 
 
-def save(folder: Path, points: Sequence[Point], exits: Mapping[str, int]) -> None:
+def differing(overrides: Sequence[str]) -> list[str]:
+    """Of the overrides of each of several jobs those that are not everybody's."""
+    shared = set.intersection(*(set(text.split()) for text in overrides))
+    if len(overrides) == 1:
+        return list(overrides)
+    return [" ".join(word for word in text.split() if word not in shared) for text in overrides]
+
+
+def save(folder: Path, points: Sequence[Point], exits: Mapping[str, int | None]) -> None:
     """Write `sweep.json`: every job with its exit code, and what the finished ones came to."""
     tree = {"exit_codes": dict(exits), "runs": [asdict(point) for point in points]}
     write_atomically(folder / "sweep.json", json.dumps(tree, indent=2, ensure_ascii=False) + "\n")

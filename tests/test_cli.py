@@ -17,9 +17,11 @@ import pytest
 import yaml
 from rich.console import Console
 
-from constrained_ft.cli import sweep as sweep_module
+from constrained_ft.cli import job as job_module
 from constrained_ft.cli.display import PlainDisplay, TerminalDisplay, clean, make_display
 from constrained_ft.cli.main import main
+from constrained_ft.compose import load_config
+from constrained_ft.config import Config
 from constrained_ft.errors import (
     CheckpointError,
     DataError,
@@ -431,12 +433,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     def call(command: Sequence[str]) -> int:
         (folder,) = (word.partition("=")[2] for word in command if word.startswith("output_dir="))
         seen[Path(folder.strip("'")).name] = list(command)
-        return {"seed=13": 3, "seed=75": 75}.get(
-            next((word for word in command if word.startswith("seed=")), ""), 0
-        )
+        return {13: 3, 75: 75}.get(snapshot(command).seed, 0)
 
-    monkeypatch.setattr(sweep_module, "_call", call)
+    monkeypatch.setattr(job_module, "_call", call)
     return seen
+
+
+def snapshot(command: Sequence[str]) -> Config:
+    return load_config(Path(command[command.index("--config") + 1]))
 
 
 def test_a_sweep_runs_every_job_in_a_folder_of_its_own(
@@ -445,8 +449,8 @@ def test_a_sweep_runs_every_job_in_a_folder_of_its_own(
     ran = cft("train", "-m", "trainer.kl_weight=0,1", "experiment=smoke")
     assert ran.code == 0
     assert set(calls) == {"0", "1"}
-    assert "trainer.kl_weight=1" in calls["1"]
-    assert "experiment=smoke" in calls["1"]
+    assert snapshot(calls["1"]).trainer.kl_weight == 1
+    assert snapshot(calls["1"]).name == "smoke"
     assert f"output_dir={tmp_path}/multirun/smoke/1" in calls["1"]
     assert calls["0"][:4] == [sys.executable, "-m", "constrained_ft.cli.main", "train"]
 
@@ -457,7 +461,9 @@ def test_a_failing_job_does_not_stop_the_others_and_is_named(
     ran = cft("train", "-m", "seed=0,13,1", "experiment=smoke")
     assert set(calls) == {"0", "1", "2"}
     assert ran.code == 3
-    assert "1 of 3 jobs failed: 1" in ran.err
+    assert "1 of 3 jobs are not done: 1" in ran.err
+    assert "job 1 (seed=13): failed, exit code 3" in ran.err
+    assert "`cft train -m --resume multirun/smoke` repeats them and draws" in ran.err
 
 
 def test_an_interrupted_job_ends_the_sweep(cft: Cft, calls: dict[str, list[str]]) -> None:
@@ -502,8 +508,7 @@ def test_a_sweep_finds_the_users_own_groups(
     file.write_text("# @package _global_\ndefaults:\n  - override /llm: tiny\nname: mine\n")
     ran = cft("train", "-m", "experiment=smoke,mine", "--config-dir", "my_conf")
     assert ran.code == 0
-    assert "experiment=mine" in calls["1"]
-    assert "my_conf" in calls["1"]
+    assert snapshot(calls["1"]).name == "mine"
 
 
 def test_hydra_leaves_the_process_as_it_was(cft: Cft, calls: dict[str, list[str]]) -> None:
@@ -518,8 +523,8 @@ def test_hydra_leaves_the_process_as_it_was(cft: Cft, calls: dict[str, list[str]
 
 
 def test_a_job_is_a_process_whose_exit_code_comes_back() -> None:
-    assert sweep_module._call([sys.executable, "-c", "raise SystemExit(4)"]) == 4
-    assert sweep_module._call(["sh", "-c", "kill -KILL $$"]) == 128 + signal.SIGKILL
+    assert job_module._call([sys.executable, "-c", "raise SystemExit(4)"]) == 4
+    assert job_module._call(["sh", "-c", "kill -KILL $$"]) == 128 + signal.SIGKILL
 
 
 def test_a_job_gets_the_signals_of_its_sweep() -> None:
@@ -531,7 +536,7 @@ def test_a_job_gets_the_signals_of_its_sweep() -> None:
     )
     timer = threading.Timer(30, lambda: None)
     timer.start()
-    assert sweep_module._call([sys.executable, "-c", code]) == 75
+    assert job_module._call([sys.executable, "-c", code]) == 75
     timer.cancel()
 
 
