@@ -268,7 +268,7 @@ def _trackio(run: _Run) -> Tool:
 
     def close(state: State) -> None:
         with redirect_stdout(StringIO()):
-            opened.finish()
+            trackio.finish()  # the run alone would be finished again when the process ends
 
     return Tool(
         id=name,
