@@ -113,7 +113,8 @@ def train(
         str,
         typer.Option(
             metavar="auto|none|PATH",
-            help="Continue a run: PATH, or the newest unfinished one of the same configuration.",
+            help="Continue a run: PATH, or the newest unfinished one of the same configuration. "
+            "With -m, PATH is a sweep, whose jobs that are not done are repeated.",
         ),
     ] = "none",
     clean: Annotated[

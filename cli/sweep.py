@@ -149,16 +149,16 @@ def _sum_up(folder: SweepFolder, jobs: Sequence[Job], best_at: float) -> None:
     front.save(folder.path, points, {job.number: job.exit_code for job in jobs})
     if not points:
         return
-    chosen = front.best(points, best_at)
+    means = front.over_seeds(points)
+    chosen = front.best(means, best_at)
     words = f"at least {best_at:.0%} satisfied, then the lowest perplexity"
     with make_display(settings.console()) as display:
         display.table("Control against the language", *front.table(points))
-        display.note(
-            f"{words}: none of them"
-            if chosen is None
-            else f"{words}: job {chosen.job}, {folder.path / chosen.job}"
-        )
-        if front.plot(folder.plot_file, points):
+        if len(means) < len(points):
+            title = "Means over seeds, and one standard deviation to either side"
+            display.table(title, *front.table(means))
+        display.note(f"{words}: {'none of them' if chosen is None else f'job {chosen.job}'}")
+        if front.plot(folder.plot_file, means):
             display.note(f"plot: {folder.plot_file}")
 
 

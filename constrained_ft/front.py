@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from constrained_ft.run_folder import RunFolder, write_atomically
@@ -14,15 +15,17 @@ from constrained_ft.run_folder import RunFolder, write_atomically
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One finished run."""
+    """One finished run, or several that differ in their seed alone."""
 
     job: str
+    """Its number, or all of theirs."""
     overrides: str
     satisfaction: float
     """Of the fine-tuned model's completions of held-out prompts, all groups together."""
     low: float
     high: float
-    """Its 95 % interval: the groups' own, weighted by their completions, which is a little wide."""
+    """Its 95 % interval: the groups' own, weighted by their completions, which is a little wide. Of
+    several seeds: one standard deviation to either side."""
     perplexity: dict[str, float]
     """Of held-out text, by group of the corpus."""
     on_front: bool = False
@@ -41,6 +44,16 @@ def read_points(jobs: Mapping[str, tuple[str, Path]]) -> list[Point]:
         if (point := _point(job, overrides, RunFolder(folder))) is not None
     ]
     return [_placed(point, points) for point in points]
+
+
+def over_seeds(points: Sequence[Point]) -> list[Point]:
+    """The means of runs that differ in their seed alone; the front marked among these."""
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        words = [word for word in point.overrides.split() if not word.startswith("seed=")]
+        groups.setdefault(" ".join(words), []).append(point)
+    means = [runs[0] if len(runs) == 1 else _mean(words, runs) for words, runs in groups.items()]
+    return [_placed(point, means) for point in means]
 
 
 def best(points: Sequence[Point], satisfaction: float) -> Point | None:
@@ -91,15 +104,32 @@ def plot(file: Path, points: Sequence[Point]) -> bool:
     group = next(iter(points[0].perplexity))
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    for point in points:
+    labels = differing([point.overrides for point in points])
+    middle = (min(map(_cost, points)) + max(map(_cost, points))) / 2
+    for point, label in zip(points, labels, strict=True):
         x, y = _cost(point), 100 * point.satisfaction
         errors = [[y - 100 * point.low], [100 * point.high - y]]
+        to_the_left = x > middle  # a label stays inside the frame
         colour = "tab:blue" if point.on_front else "0.6"
         axes.errorbar([x], [y], yerr=errors, marker="o", capsize=3, color=colour)
-        axes.annotate(f" {point.job}", (x, y), va="bottom")
+        axes.annotate(
+            f"{point.job}: {_short(label)}",
+            (x, y),
+            xytext=(-6 if to_the_left else 6, -10),
+            ha="right" if to_the_left else "left",
+            textcoords="offset points",
+            fontsize="small",
+            color="0.3",
+        )
     line = sorted((p for p in points if p.on_front), key=_cost)
-    axes.plot([_cost(p) for p in line], [100 * p.satisfaction for p in line], color="tab:blue")
-    axes.set(xlabel=f"perplexity of held-out {group}", ylabel="satisfied, %")
+    axes.plot(
+        [_cost(p) for p in line],
+        [100 * p.satisfaction for p in line],
+        color="tab:blue",
+        label="front: no other run is better at both",
+    )
+    axes.set(xlabel=f"perplexity of held-out {group} (lower is better)", ylabel="satisfied, %")
+    axes.legend(loc="lower right", frameon=False)
     figure.savefig(file, dpi=150)
     return True
 
@@ -126,6 +156,27 @@ def _point(job: str, overrides: str, folder: RunFolder) -> Point | None:
         high=mean("high"),
         perplexity={name: one["mean"] for name, one in tuned["perplexity"].items()},
     )
+
+
+def _mean(overrides: str, runs: Sequence[Point]) -> Point:
+    shares = [run.satisfaction for run in runs]
+    mean, spread = fmean(shares), stdev(shares)
+    return Point(
+        job=", ".join(run.job for run in runs),
+        overrides=f"{overrides} ({len(runs)} seeds)".strip(),
+        satisfaction=mean,
+        low=max(mean - spread, 0.0),
+        high=min(mean + spread, 1.0),
+        perplexity={
+            name: fmean(run.perplexity[name] for run in runs) for name in runs[0].perplexity
+        },
+    )
+
+
+def _short(overrides: str) -> str:
+    """Overrides by the last names of their keys, a line each."""
+    pairs = [word.partition("=") for word in overrides.split()]
+    return "\n".join("".join((key.rpartition(".")[2], *rest)) for key, *rest in pairs)
 
 
 def _placed(point: Point, points: Sequence[Point]) -> Point:

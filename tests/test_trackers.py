@@ -7,6 +7,7 @@ import json
 import sqlite3
 import struct
 import sys
+import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -85,7 +86,9 @@ def stop_after(
         raise error
 
 
-def interrupted_and_resumed(kind: str, path: Path) -> tuple[RunFolder, list[str]]:
+def interrupted_and_resumed(
+    kind: str, path: Path, *, pause: float = 0.0
+) -> tuple[RunFolder, list[str]]:
     """Two iterations, a stop, two more, the results; and what people were told."""
     config = small_config(f"tracker={kind}", "tracker.project=mine", "tracker.name=first")
     folder, display = RunFolder(path / "run"), Notes()
@@ -94,6 +97,7 @@ def interrupted_and_resumed(kind: str, path: Path) -> tuple[RunFolder, list[str]
         stop_after(config, folder, display, Interrupted("stopped by a test"), iterations=2)
     # Killed between a row and the tracker, which gets it when the run is resumed.
     write_row(folder, 3)
+    time.sleep(pause)
     with tracked(config, folder, display) as tracker:
         write_row(folder, 4)
         tracker.iteration(4, 4, {})
@@ -164,7 +168,7 @@ def test_trackio_has_one_run_in_its_database(
 @pytest.mark.filterwarnings("ignore")
 def test_wandb_keeps_one_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    folder, notes = interrupted_and_resumed("wandb", tmp_path)
+    folder, notes = interrupted_and_resumed("wandb", tmp_path, pause=1.0)  # names are of seconds
     curves: Curves = {}
     summary: dict[str, float] = {}
     ids, codes, configs = set(), [], []
