@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from constrained_ft.compose import config_to_yaml
 from constrained_ft.config import Config
@@ -95,5 +96,5 @@ class SweepFolder:
             reason="" if code == 0 else " ".join(str(status.get("reason") or "").split()),
         )
 
-    def _record(self, number: str) -> dict[str, object]:
+    def _record(self, number: str) -> dict[str, Any]:
         return dict(json.loads((self.path / "jobs" / f"{number}.json").read_text()))
