@@ -85,6 +85,18 @@ class Request:
             )
         return load_config(self.config_file, self.overrides)
 
+    def check(self, config: "Config") -> None:
+        """See that a configuration can run here, before anything is started.
+
+        Raises:
+            ConfigError: if it does not suit the processes.
+            ExtraError: if the package of its tracker is missing.
+        """
+        from constrained_ft.trackers import require_installed
+
+        self.processes.check(config)
+        require_installed(config.tracker)
+
     def names_folder(self) -> bool:
         """Whether the command line names the run folder itself."""
         from constrained_ft.config_file import is_complete, read_config_file
@@ -116,7 +128,8 @@ def train(
         str,
         typer.Option(
             metavar="auto|none|PATH",
-            help="Continue a run: PATH, or the newest unfinished one of the same configuration.",
+            help="Continue a run: PATH, or the newest unfinished one of the same configuration. "
+            "With -m, PATH is a sweep, whose jobs that are not done are repeated.",
         ),
     ] = "none",
     clean: Annotated[
@@ -201,7 +214,7 @@ def train(
         raise typer.Exit(sweep(request, dry_run=dry_run, best_at=best_at))
     if dry_run:
         shown = request.config()
-        request.processes.check(shown)
+        request.check(shown)
         _show(shown)
         return
     if request.processes.node_rank > 0:
@@ -247,7 +260,7 @@ def _join_first_machine(request: Request) -> None:
     config = request.config()
     if not request.names_folder():
         raise ConfigError("--node-rank above 0 needs output_dir=PATH, the folder of the first one")
-    request.processes.check(config)
+    request.check(config)
     wait_for_run(RunFolder(Path(config.output_dir)), request.processes)
 
 
@@ -276,7 +289,7 @@ def _start(request: Request) -> "tuple[Config, RunFolder] | None":
             folder = newest_unfinished(Path(config.output_dir).parent, config)
         if folder is None and not settings.quiet:
             console.print("no unfinished run of this configuration; starting a new one")
-    request.processes.check(config)
+    request.check(config)
     if folder is None:
         folder = RunFolder(Path(config.output_dir))
         return config, folder.start(config, command, clean=request.clean)
@@ -304,7 +317,7 @@ def _fork(request: Request, command: list[str]) -> "tuple[Config, RunFolder]":
         now = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         where = f"{source.path}-fork-{now}"
         config = config.model_copy(update={"output_dir": where})
-    request.processes.check(config)
+    request.check(config)
     folder = RunFolder(Path(config.output_dir))
     return config, folder.fork(source, config, command, clean=request.clean)
 
@@ -328,7 +341,8 @@ def run(config: "Config", folder: "RunFolder", processes: Processes) -> None:
 
 
 def _run_here(config: "Config", folder: "RunFolder") -> None:
-    from constrained_ft.cli.display import logged_display
+    from constrained_ft.cli.display import Several, logged_display
+    from constrained_ft.trackers import tracked
 
     settings.prepare_libraries()
     console = settings.console()
@@ -342,7 +356,8 @@ def _run_here(config: "Config", folder: "RunFolder") -> None:
 
             stop = StopRequest()
             stop.install()
-            train_llm(config, folder, display, stop)
+            with tracked(config, folder, display) as tracker:
+                train_llm(config, folder, Several(display, tracker), stop)
         folder.write_status("finished", exit_code=0)
     except BaseException as error:
         record(folder, error)

@@ -100,6 +100,7 @@ def main(text: str) -> int:
 def _run(orders: Orders, own: RankRecord, logs: Path) -> int:
     from constrained_ft.cli.display import Several, logged_display
     from constrained_ft.distributed import StopRequest, World, join, leave
+    from constrained_ft.trackers import tracked
     from constrained_ft.train import train
 
     stop = StopRequest()
@@ -113,8 +114,11 @@ def _run(orders: Orders, own: RankRecord, logs: Path) -> int:
         if world.leads:
             folder.write_status("running", attempt=orders.attempt)
         console = settings.console()
-        with logged_display(console, logs, own.rank, quiet=settings.quiet) as display:
-            train(config, folder, Several(display, _Recording(own, logs)), stop, world)
+        with (
+            logged_display(console, logs, own.rank, quiet=settings.quiet) as display,
+            tracked(config, folder, display, leads=world.leads) as tracker,
+        ):
+            train(config, folder, Several(display, _Recording(own, logs), tracker), stop, world)
         if world.leads:
             folder.write_status("finished", exit_code=0)
         return 0

@@ -22,7 +22,7 @@ from constrained_ft.validation import refuse_gaps, validated
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-__all__ = ["compose", "config_to_yaml", "differences", "load_config"]
+__all__ = ["compose", "config_to_yaml", "differences", "flat", "load_config"]
 
 
 def compose(
@@ -95,7 +95,7 @@ def config_to_yaml(config: Config) -> str:
 
 def differences(left: Config, right: Config) -> dict[str, tuple[object, object]]:
     """Keys whose values differ, with both values; None where a side has no such key."""
-    one, other = _flat(left.model_dump(mode="json")), _flat(right.model_dump(mode="json"))
+    one, other = flat(left.model_dump(mode="json")), flat(right.model_dump(mode="json"))
     return {
         key: (one.get(key), other.get(key))
         for key in one | other
@@ -103,11 +103,12 @@ def differences(left: Config, right: Config) -> dict[str, tuple[object, object]]
     }
 
 
-def _flat(tree: Tree, prefix: str = "") -> Tree:
+def flat(tree: Tree, prefix: str = "") -> Tree:
+    """The values of a configuration by their dotted keys."""
     found: Tree = {}
     for name, value in tree.items():
         if isinstance(value, dict) and value:
-            found |= _flat(value, f"{prefix}{name}.")
+            found |= flat(value, f"{prefix}{name}.")
         else:
             found[prefix + name] = value
     return found

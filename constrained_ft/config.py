@@ -469,6 +469,18 @@ class EvaluationConfig(Section):
         return first | self.judges
 
 
+class TrackerConfig(Section):
+    """Where a run's numbers go beside `metrics.jsonl`."""
+
+    kind: Literal["none", "tensorboard", "trackio", "wandb", "mlflow"] = "none"
+    """The tool; each needs the package of its name. Servers, logins and the like come from the
+    tool's own environment variables."""
+    project: str = Field(default="cft", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """What the tool files the run under; MLflow calls it an experiment, TensorBoard has none."""
+    name: str | None = None
+    """The run's name there; null: that of the run folder."""
+
+
 class GuardConfig(Section):
     """What counts as a fault, and what happens then. A loss, a gradient or an R that is not finite
     and a KL below zero always do. All ranks decide together."""
@@ -504,6 +516,7 @@ class Config(Section):
     placement: PlacementConfig
     evaluation: EvaluationConfig
     guard: GuardConfig
+    tracker: TrackerConfig = TrackerConfig()
 
     @model_validator(mode="after")
     def _balanced_needs_hard_labels(self) -> "Config":

@@ -6,6 +6,7 @@ CftError            1   anything below
 ├── DataError       3   a corpus or a prompt file cannot be used
 ├── ModelError      3   a model or tokenizer is missing or cannot be used
 ├── ScorerError     3   the constraint scorer failed or broke its contract
+├── ExtraError      3   a package of an optional extra is not installed
 ├── CheckpointError 3   a checkpoint cannot be read or written
 ├── DivergedError   4   a guard stopped the run; the last good checkpoint is kept
 ├── MissingScoresError 4 too many completions have no score; the last checkpoint is kept
@@ -22,6 +23,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DivergedError",
+    "ExtraError",
     "Interrupted",
     "MissingScoresError",
     "ModelError",
@@ -62,6 +64,12 @@ class ModelError(CftError):
 
 class ScorerError(CftError):
     """The constraint scorer could not be loaded, failed, or broke its contract."""
+
+    exit_code = 3
+
+
+class ExtraError(CftError):
+    """A package of an optional extra is not installed; the message says how to install it."""
 
     exit_code = 3
 

@@ -12,6 +12,7 @@ final/llm/  final/adapter/  final/auxiliary/
 evaluation.json                     the table before and after, with intervals
 phases.json                         where the time and the memory went
 report/                             what `cft report` makes of all this
+tracker/                            what a tracker keeps, and which of its runs this is
 
 Nothing here imports torch.
 """
@@ -53,6 +54,7 @@ _OURS = (
         "evaluation.json",
         "phases.json",
         "report",
+        "tracker",
     ),
 )
 _LOCK = ".lock"
@@ -104,6 +106,11 @@ class RunFolder:
     def phases_file(self) -> Path:
         """Seconds, tokens and padding of each phase, and memory at the peak."""
         return self.path / "phases.json"
+
+    @property
+    def tracker(self) -> Path:
+        """What a tracker keeps here."""
+        return self.path / "tracker"
 
     @property
     def scores(self) -> Path:

@@ -8,17 +8,21 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import test_front as front_tests
 import yaml
 from rich.console import Console
 from shell import Cft
 
-from constrained_ft.cli import sweep as sweep_module
+from constrained_ft.cli import job as job_module
 from constrained_ft.cli.display import PlainDisplay, TerminalDisplay, clean, make_display
+from constrained_ft.compose import load_config
+from constrained_ft.config import Config
 from constrained_ft.errors import (
     CheckpointError,
     DataError,
@@ -28,6 +32,7 @@ from constrained_ft.errors import (
     ScorerError,
 )
 from constrained_ft.run_folder import RunFolder
+from constrained_ft.sweep_folder import SweepFolder
 
 
 @pytest.fixture
@@ -400,12 +405,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     def call(command: Sequence[str]) -> int:
         (folder,) = (word.partition("=")[2] for word in command if word.startswith("output_dir="))
         seen[Path(folder.strip("'")).name] = list(command)
-        return {"seed=13": 3, "seed=75": 75}.get(
-            next((word for word in command if word.startswith("seed=")), ""), 0
-        )
+        return {13: 3, 75: 75}.get(snapshot(command).seed, 0)
 
-    monkeypatch.setattr(sweep_module, "_call", call)
+    monkeypatch.setattr(job_module, "_call", call)
     return seen
+
+
+def snapshot(command: Sequence[str]) -> Config:
+    return load_config(Path(command[command.index("--config") + 1]))
 
 
 def test_a_sweep_runs_every_job_in_a_folder_of_its_own(
@@ -414,8 +421,8 @@ def test_a_sweep_runs_every_job_in_a_folder_of_its_own(
     ran = cft("train", "-m", "trainer.kl_weight=0,1", "experiment=smoke")
     assert ran.code == 0
     assert set(calls) == {"0", "1"}
-    assert "trainer.kl_weight=1" in calls["1"]
-    assert "experiment=smoke" in calls["1"]
+    assert snapshot(calls["1"]).trainer.kl_weight == 1
+    assert snapshot(calls["1"]).name == "smoke"
     assert f"output_dir={tmp_path}/multirun/smoke/1" in calls["1"]
     assert calls["0"][:4] == [sys.executable, "-m", "constrained_ft.cli.main", "train"]
 
@@ -426,7 +433,9 @@ def test_a_failing_job_does_not_stop_the_others_and_is_named(
     ran = cft("train", "-m", "seed=0,13,1", "experiment=smoke")
     assert set(calls) == {"0", "1", "2"}
     assert ran.code == 3
-    assert "1 of 3 jobs failed: 1" in ran.err
+    assert "1 of 3 jobs are not done: 1" in ran.err
+    assert "job 1 (seed=13): failed, exit code 3" in ran.err
+    assert "`cft train -m --resume multirun/smoke` repeats them and draws" in ran.err
 
 
 def test_an_interrupted_job_ends_the_sweep(cft: Cft, calls: dict[str, list[str]]) -> None:
@@ -455,6 +464,123 @@ def test_a_sweep_over_used_folders_is_refused(
     assert calls["1"][-2:] == ["--resume", "auto"]
 
 
+def test_a_sweep_is_repeated_where_it_is_not_done_with_its_own_configurations(
+    cft: Cft, calls: dict[str, list[str]], tmp_path: Path
+) -> None:
+    own = tmp_path / "my_conf" / "experiment" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    text = "# @package _global_\ndefaults:\n  - override /llm: tiny\nname: mine\n"
+    own.write_text(f"{text}trainer:\n  kl_weight: 3\n")
+    arguments = ["train", "-m", "seed=0,1,2,13,4,5", "experiment=mine", "--config-dir", "my_conf"]
+    assert cft(*arguments).code == 3
+    own.write_text(f"{text}trainer:\n  kl_weight: 4\n")  # what became of it meanwhile
+    sweep = SweepFolder(tmp_path / "multirun" / "mine")
+    assert [job.exit_code for job in sweep.jobs()] == [0, 0, 0, 3, 0, 0]
+    sweep.run("3").path.mkdir(exist_ok=True)
+    sweep.run("3").write_status("failed", reason="a file\nis missing", exit_code=3)
+    calls.clear()
+    planned = cft("train", "-m", "--resume", "multirun/mine", "--dry-run")
+    assert "seed=13" in planned.out
+    assert "seed=4" not in planned.out
+    assert not calls
+    ran = cft("train", "-m", "--resume", "multirun/mine")
+    assert ran.code == 3
+    assert list(calls) == ["3"]
+    assert snapshot(calls["3"]).trainer.kl_weight == 3
+    assert "my_conf" not in calls["3"]
+    assert calls["3"][-2:] == ["--resume", "auto"]
+    assert "1 of 6 jobs are not done: 3\n  job 3 (seed=13): a file is missing\n" in ran.err
+    # Done, also where it was continued alone.
+    sweep.run("3").write_status("finished", exit_code=0)
+    calls.clear()
+    again = cft("train", "-m", "--resume", "multirun/mine")
+    assert again.code == 0
+    assert "every job of multirun/mine is done" in again.out
+    assert not calls
+
+
+def test_the_front_is_drawn_again_when_a_sweep_is_repeated(
+    cft: Cft, calls: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = job_module._call
+
+    def evaluated(command: Sequence[str]) -> int:
+        code = call(command)
+        (folder,) = (word.partition("=")[2] for word in command if word.startswith("output_dir="))
+        seed = snapshot(command).seed
+        if code == 0 or (seed == 13 and command[-1] == "auto"):
+            front_tests.write(Path(folder).parent, Path(folder).name, 0.9 + seed / 1000, 20.0)
+            return 0
+        return code
+
+    monkeypatch.setattr(job_module, "_call", evaluated)
+    assert cft("train", "-m", "seed=0,1,2,13,4,5", "experiment=smoke").code == 3
+    summary = tmp_path / "multirun" / "smoke" / "sweep.json"
+    first = json.loads(summary.read_text())
+    assert [run["job"] for run in first["runs"]] == ["0", "1", "2", "4", "5"]
+    assert first["exit_codes"]["3"] == 3
+    assert cft("train", "-m", "--resume", "multirun/smoke").code == 0
+    second = json.loads(summary.read_text())
+    assert [run["job"] for run in second["runs"]] == ["0", "1", "2", "3", "4", "5"]
+    assert [run["job"] for run in second["runs"] if run["on_front"]] == ["3"]
+    assert set(second["exit_codes"].values()) == {0}
+
+
+def test_jobs_that_an_interruption_left_are_repeated_too(
+    cft: Cft, calls: dict[str, list[str]]
+) -> None:
+    assert cft("train", "-m", "seed=0,75,1", "experiment=smoke").code == 75
+    calls.clear()
+    ran = cft("train", "-m", "--resume", "multirun/smoke")
+    assert list(calls) == ["1"]  # interrupted again, so job 2 waits
+    assert ran.code == 75
+    assert "2 of 3 jobs are not done: 1, 2" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--resume", "nowhere"], "holds no sweep"),
+        (["--resume", "nowhere", "seed=3"], "takes no KEY=VALUE"),
+        (["--resume", "nowhere", "--config-dir", "."], "takes no KEY=VALUE"),
+        (
+            ["seed=0,1", "hydra.sweep.subdir=x"],
+            "hydra.sweep.dir=PATH instead of hydra.sweep.subdir",
+        ),
+    ],
+)
+def test_what_a_sweep_does_not_take_is_refused(
+    cft: Cft, calls: dict[str, list[str]], arguments: list[str], words: str
+) -> None:
+    ran = cft("train", "-m", *arguments)
+    assert ran.code == 2
+    assert words in ran.err
+    assert not calls
+
+
+@pytest.mark.skipif(
+    find_spec("hydra_plugins.hydra_joblib_launcher") is None,
+    reason="hydra-joblib-launcher is not installed; pip install hydra-joblib-launcher",
+)
+def test_jobs_of_another_launcher_are_counted_too(cft: Cft, tmp_path: Path) -> None:
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    ran = cft(
+        *("train", "-m", "experiment=smoke", "data.path=none.txt,nothing.txt", *launcher),
+    )
+    assert ran.code == 3
+    jobs = SweepFolder(tmp_path / "multirun" / "smoke").jobs()
+    assert [job.exit_code for job in jobs] == [3, 3]
+    assert "nothing.txt" in jobs[1].reason
+    log = tmp_path / "multirun" / "smoke" / "jobs" / "1.log"
+    assert "there is no file nothing.txt" in log.read_text()
+
+
+def test_several_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    shares = {n: job_module._threads(n)["OMP_NUM_THREADS"] for n in (1, 2, 3, -1, -2, 20)}
+    assert shares == {1: "8", 2: "4", 3: "2", -1: "1", -2: "1", 20: "1"}
+
+
 def test_a_dry_sweep_lists_its_jobs(cft: Cft, calls: dict[str, list[str]], tmp_path: Path) -> None:
     ran = cft("train", "-m", "seed=range(3)", "experiment=smoke", "--dry-run")
     assert ran.code == 0
@@ -471,8 +597,7 @@ def test_a_sweep_finds_the_users_own_groups(
     file.write_text("# @package _global_\ndefaults:\n  - override /llm: tiny\nname: mine\n")
     ran = cft("train", "-m", "experiment=smoke,mine", "--config-dir", "my_conf")
     assert ran.code == 0
-    assert "experiment=mine" in calls["1"]
-    assert "my_conf" in calls["1"]
+    assert snapshot(calls["1"]).name == "mine"
 
 
 def test_hydra_leaves_the_process_as_it_was(cft: Cft, calls: dict[str, list[str]]) -> None:
@@ -487,8 +612,8 @@ def test_hydra_leaves_the_process_as_it_was(cft: Cft, calls: dict[str, list[str]
 
 
 def test_a_job_is_a_process_whose_exit_code_comes_back() -> None:
-    assert sweep_module._call([sys.executable, "-c", "raise SystemExit(4)"]) == 4
-    assert sweep_module._call(["sh", "-c", "kill -KILL $$"]) == 128 + signal.SIGKILL
+    assert job_module._call([sys.executable, "-c", "raise SystemExit(4)"]) == 4
+    assert job_module._call(["sh", "-c", "kill -KILL $$"]) == 128 + signal.SIGKILL
 
 
 def test_a_job_gets_the_signals_of_its_sweep() -> None:
@@ -500,7 +625,7 @@ def test_a_job_gets_the_signals_of_its_sweep() -> None:
     )
     timer = threading.Timer(30, lambda: None)
     timer.start()
-    assert sweep_module._call([sys.executable, "-c", code]) == 75
+    assert job_module._call([sys.executable, "-c", code]) == 75
     timer.cancel()
 
 

@@ -21,7 +21,7 @@ def write(
             "perplexity": {"news": {"mean": cost}, "toxic": {"mean": 9.0}},
         }
 
-    (folder / job).mkdir(parents=True)
+    (folder / job).mkdir(parents=True, exist_ok=True)
     models = [model(0.5, 40.0), model(satisfied, perplexity)][: 2 if done else 1]
     (folder / job / "evaluation.json").write_text(json.dumps({"models": models}))
 
@@ -66,3 +66,20 @@ def test_equal_runs_do_not_beat_each_other(tmp_path: Path) -> None:
         write(tmp_path, job, 0.9, 20.0)
     points = front.read_points({job: ("", tmp_path / job) for job in "01"})
     assert all(point.on_front for point in points)
+
+
+def test_runs_of_several_seeds_are_one_point(tmp_path: Path) -> None:
+    for job, share, cost in (("0", 0.8, 20.0), ("1", 0.9, 24.0), ("2", 0.5, 30.0)):
+        write(tmp_path, job, share, cost)
+    asked = {"0": "a=1 seed=0", "1": "a=1 seed=1", "2": "a=2 seed=0"}
+    runs = front.read_points({job: (text, tmp_path / job) for job, text in asked.items()})
+    first, second = front.over_seeds(runs)
+    assert (first.job, first.overrides) == ("0, 1", "a=1 (2 seeds)")
+    assert first.satisfaction == pytest.approx(0.84)  # 0.79 and 0.89: a quarter has 0.04 less
+    spread = 0.1 / 2**0.5  # of two values: their distance over the root of two
+    assert (first.low, first.high) == pytest.approx((0.84 - spread, 0.84 + spread))
+    assert first.perplexity["news"] == pytest.approx(22.0)
+    assert first.on_front
+    assert (second.job, second.overrides, second.on_front) == ("2", asked["2"], False)
+    assert front.over_seeds(runs[1:]) == runs[1:]  # one seed each: the runs themselves
+    assert front.plot(tmp_path / "front.png", [first, second])
