@@ -259,8 +259,8 @@ def _timeline(run: Run) -> Chart | None:
     words = f"The last {len(rows)} iterations. "
     if with_peers:
         words += (
-            f"Of the time in which peers learned targets, {100 * both / busy if busy else 0:.0f} % passed "
-            "while the model was being updated."
+            f"Of the time in which peers learned targets, {100 * both / max(busy, 1e-9):.0f} % "
+            "passed while the model was being updated."
         )
     else:
         words += (
