@@ -18,6 +18,7 @@ from constrained_ft import metrics
 from constrained_ft.cli.main import main
 from constrained_ft.errors import ConfigError
 from constrained_ft.report import report_command
+from constrained_ft.report.figures import bars_of
 from constrained_ft.report.text import visible
 from tests.small import run, small_config
 
@@ -231,6 +232,20 @@ def test_twenty_runs_are_placed_by_the_front(pages: dict[str, Path]) -> None:
     assert "7: failed, 2 of 3 iterations are finished; disk full" in page
     # Most satisfied first; perplexities repeat every seven, so 19, 16, 15 and 14 are not beaten.
     assert "No other run beats 14, 15, 16, 17, 18, 19 in both" in page
+
+
+def test_the_stages_overlap_where_peers_learn() -> None:
+    row = {"time/iteration": 10.0, "time/target": 0.5, "time/update": 7.5}
+    peers = row | {"time/wait_llm": 4.0, "time/wait_target": 2.0}
+    assert bars_of(row, "overlapped", peers=False) == {
+        "target": (0.0, 0.5),
+        "update": (0.5, 8.0),
+        "rest": (8.0, 10.0),
+    }
+    both = bars_of(peers, "overlapped", peers=True)
+    assert both == {"target": (0.0, 6.0), "update": (0.0, 8.0)}
+    # After the last update nobody reads a target, and none is learned.
+    assert bars_of(row, "overlapped", peers=True)["target"] == (0.0, 0.0)
 
 
 # Wrong use ----------------------------------------------------------------------------------------

@@ -44,7 +44,9 @@ def _before_and_after(measures: Sequence[Measure]) -> Chart | None:
     def draw(axes: Axes) -> None:
         names = []
         for place, one in enumerate(reversed(shares)):
-            names.append(one.name + (" (judge)" if one.kind == "judge" else ""))
+            # A judge's row stands right below its group's.
+            judge = one.name.partition(", ")[2]
+            names.append(one.name if one.kind == "violations" else f"judge {judge}".strip())
             for interval, shift, colour, mark in (
                 (one.before, 0.16, MUTED, "o"),
                 (one.after, -0.16, ACCENT, "D"),
@@ -173,7 +175,8 @@ def _residual(run: Run) -> Chart | None:
 
 
 def _reliability(run: Run) -> Chart | None:
-    late = run.rows[-max(len(run.rows) // 4, 1) :]
+    fitted = [row for row in run.rows if "auxiliary/brier" in row]
+    late = fitted[-max(len(fitted) // 4, 1) :]
     points = []
     for tenth in range(1, 11):
         place = f"auxiliary/bin_{tenth}"
@@ -246,7 +249,9 @@ def _timeline(run: Run) -> Chart | None:
     lanes: dict[str, list[tuple[float, float]]] = {"target": [], "update": [], "rest": []}
     start = 0.0
     for row in rows:
-        for lane, (begin, end) in _bars(row, run.config.trainer.schedule, peers=with_peers).items():
+        for lane, (begin, end) in bars_of(
+            row, run.config.trainer.schedule, peers=with_peers
+        ).items():
             lanes[lane].append((start + begin, max(end - begin, 0.0)))
         start += row["time/iteration"]
     both = _shared(lanes["target"], lanes["update"])
@@ -254,8 +259,8 @@ def _timeline(run: Run) -> Chart | None:
     words = f"The last {len(rows)} iterations. "
     if with_peers:
         words += (
-            f"Of the time in which peers learned targets, {both / busy if busy else 0:.0%} passed "
-            "while the model was being updated."
+            f"Of the time in which peers learned targets, {100 * both / max(busy, 1e-9):.0f} % "
+            "passed while the model was being updated."
         )
     else:
         words += (
@@ -282,7 +287,7 @@ def _timeline(run: Run) -> Chart | None:
     )
 
 
-def _bars(
+def bars_of(
     row: Mapping[str, float], schedule: str, *, peers: bool
 ) -> dict[str, tuple[float, float]]:
     """Begin and end of each stage within one iteration, in seconds from its start."""
@@ -292,7 +297,8 @@ def _bars(
     if not peers:
         return {"target": (0.0, learned), "update": (learned, updated), "rest": (updated, whole)}
     # Peers work or wait for the LLM; the others update, or wait for the target.
-    learning = (0.0, max(whole - row.get("time/wait_llm", 0.0), 0.0))
+    # In the last overlapped iteration they learn nothing.
+    learning = (0.0, max(whole - row.get("time/wait_llm", whole), 0.0))
     wait = row.get("time/wait_target", 0.0)
     if schedule == "alternating":
         return {"target": learning, "update": (wait, updated)}
@@ -329,7 +335,7 @@ def _lines(  # noqa: PLR0913
             style = LINES[number % len(LINES)]
             course = smooth(ys)
             if len(xs) > FEW and not np.array_equal(course, ys):
-                axes.plot(xs, ys, ".", color=colour, markersize=3, alpha=0.4, markeredgewidth=0)
+                axes.plot(xs, ys, ".", color=colour, markersize=4, alpha=0.5, markeredgewidth=0)
             mark = "o" if len(xs) <= FEW else None
             axes.plot(
                 xs, course, linestyle=style, color=colour, label=label, marker=mark, markersize=3.5

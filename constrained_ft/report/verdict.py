@@ -221,7 +221,7 @@ def _measured(run: Run, tuned: Evaluation) -> str:
         f"{group.prompts} {name} prompts x {group.samples // max(group.prompts, 1)} completions"
         for name, group in tuned.groups.items()
     ]
-    words = f"Measured on {', '.join(counts)} that training never saw, with 95 % intervals."
+    words = f"Measured on {' and '.join(counts)} that training never saw, with 95 % intervals."
     if run.config.trainer.is_plain:
         words += " The run was plain fine-tuning: the constraint was measured, not asked for."
     return words
