@@ -11,7 +11,19 @@ from typing import Annotated
 
 import typer
 
-from constrained_ft.cli import configure, data, doctor, launch, measure, report, runs, score
+from constrained_ft.cli import (
+    chat,
+    configure,
+    data,
+    doctor,
+    explain,
+    export,
+    launch,
+    measure,
+    report,
+    runs,
+    score,
+)
 from constrained_ft.cli.settings import settings
 from constrained_ft.errors import CftError
 
@@ -63,6 +75,9 @@ app.add_typer(runs.app, name="runs")
 app.command()(data.init)
 app.add_typer(data.app, name="data")
 app.command()(doctor.doctor)
+app.command()(explain.explain)
+app.command()(chat.chat)
+app.command()(export.export)
 app.command()(measure.selfcheck)
 
 

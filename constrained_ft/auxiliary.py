@@ -239,6 +239,16 @@ class FrozenAuxiliary:
         self._module = module
         self.table = table
 
+    @property
+    def kind(self) -> str:
+        """`additive`, `transformer` or `head`."""
+        return self._module.config.kind
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the LLM's hidden states that it reads."""
+        return self._module.root.in_features
+
     @torch.no_grad()
     def read(self, rollouts: Rollouts) -> Evidence:
         """R at every position of some rollouts of the LLM it was fitted to."""
@@ -283,8 +293,10 @@ class FrozenAuxiliary:
         safetensors.torch.save_file(
             {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / _WEIGHTS
         )
-        width = self._module.root.in_features
-        shape = {"auxiliary": self._module.config.model_dump(), "hidden_size": width}
+        shape = {
+            "auxiliary": self._module.config.model_dump(),
+            "hidden_size": self.hidden_size,
+        }
         (folder / _SHAPE).write_text(json.dumps(shape, indent=2) + "\n")
 
     @classmethod

@@ -7,13 +7,12 @@ from constrained_ft.config import SamplerConfig
 from constrained_ft.decoding import Guide
 from constrained_ft.distributed import StopRequest
 from constrained_ft.errors import ConfigError
-from constrained_ft.named_models import final_model, find_run, model_at
+from constrained_ft.named_models import final_model, find_run, model_at, scorers_of
 from constrained_ft.progress import Display
 from constrained_ft.prompts import check_prompt_lengths, tokenise_prompts
 from constrained_ft.randomness import seed_for
-from constrained_ft.rollouts import Rollouts, sample
-from constrained_ft.run_folder import RunFolder
-from constrained_ft.scorers import least_scores, probed
+from constrained_ft.rollouts import sample
+from constrained_ft.scorers import least_scores
 
 _NEW_TOKENS = 64  # of a model that is no run
 _SAMPLER = SamplerConfig(kind="cft", batch_size=64)
@@ -84,10 +83,5 @@ def generate_command(  # noqa: PLR0913
     ]
     if run is None:
         return rows
-    return [row | {"score": score} for row, score in zip(rows, _scores(run, rollouts), strict=True)]
-
-
-def _scores(run: RunFolder, rollouts: Rollouts) -> list[float | None]:
-    terms = run.config().constraint.all_terms().values()
-    scorers = [probed(term.scorer) for term in terms]
-    return least_scores(scorers, rollouts.prompt_texts, rollouts.texts)
+    scores = least_scores(scorers_of(run), rollouts.prompt_texts, rollouts.texts)
+    return [row | {"score": score} for row, score in zip(rows, scores, strict=True)]

@@ -7,10 +7,12 @@ import json
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 from constrained_ft import results
 from constrained_ft.config import Config, SourceConfig
 from constrained_ft.loading import TINY
+from constrained_ft.resources import WHEEL
 from constrained_ft.results import Evaluation
 from constrained_ft.run_folder import write_atomically
 from constrained_ft.sources import sources_of
@@ -27,12 +29,18 @@ def write_cards(folders: Sequence[Path], evaluations: Sequence[Evaluation], conf
             write_atomically(folder / "README.md", text)
 
 
-def model_card(evaluations: Sequence[Evaluation], config: Config) -> str:
+def model_card(
+    evaluations: Sequence[Evaluation],
+    config: Config,
+    *,
+    form: Literal["merged", "adapter"] | None = None,
+) -> str:
     """Markdown with the metadata that a hub reads.
 
     Args:
         evaluations: the base model and the fine-tuned one.
         config: of the run.
+        form: of an export, which has its auxiliary with it: the card then says how to load both.
     """
     trainer, constraint, tuned = config.trainer, config.constraint, evaluations[-1]
     columns, rows = results.table(evaluations)
@@ -58,12 +66,13 @@ def model_card(evaluations: Sequence[Evaluation], config: Config) -> str:
         else _sources(sources_of(config.prompts, "prompts"))
     )
     lines = [
-        *_metadata(config),
+        *_metadata(config, "peft" if form == "adapter" else "transformers"),
         f"# {config.name}",
         "",
         f"{_short(config.llm.model_name_or_path)}, fine-tuned under a constraint ({weights}).",
         aim,
         "",
+        *([] if form is None else _use(config, form)),
         "## Data",
         "",
         "The corpus:",
@@ -107,15 +116,69 @@ def model_card(evaluations: Sequence[Evaluation], config: Config) -> str:
     return "\n".join(lines)
 
 
-def _metadata(config: Config) -> list[str]:
+def base_on_a_hub(config: Config) -> str | None:
+    """The hub id of the model that was fine-tuned; None where it came from elsewhere."""
     base = config.llm.model_name_or_path
-    named = base if "://" not in base and not base.startswith(TINY) else None
-    known = named is not None and not Path(named).exists()
+    elsewhere = "://" in base or base.startswith(TINY) or Path(base).expanduser().exists()
+    return None if elsewhere else base
+
+
+def _use(config: Config, form: Literal["merged", "adapter"]) -> list[str]:
+    """How to load it, in Python."""
+    hub_id = base_on_a_hub(config)
+    base = "folder" if form == "merged" else json.dumps(hub_id or "PATH_OF_THE_BASE_MODEL")
+    lines = [
+        "## Use",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'folder = "PATH"  # this repository, downloaded: huggingface_hub.snapshot_download(ID)',
+        *([f"base = {base}"] if form == "adapter" else []),
+        f"model = AutoModelForCausalLM.from_pretrained({'folder' if form == 'merged' else 'base'})",
+        f"tokenizer = AutoTokenizer.from_pretrained({'folder' if form == 'merged' else 'base'})",
+    ]
+    if form == "adapter":
+        lines += [
+            "",
+            "from peft import PeftModel",
+            "",
+            "model = PeftModel.from_pretrained(model, folder)",
+        ]
+    lines += [
+        "```",
+        "",
+        "With guided decoding, which weighs every token by the auxiliary R in `auxiliary/` as well",
+        "(`pip install constrained-ft`):",
+        "",
+        "```python",
+        "from constrained_ft.logits_processor import AuxiliaryLogitsProcessor",
+        "",
+        "guide = AuxiliaryLogitsProcessor(model, tokenizer, folder)",
+        'tokens = tokenizer("The weather today", return_tensors="pt")',
+        "said = model.generate(**tokens, do_sample=True, top_k=0, logits_processor=[guide],",
+        f"                      max_new_tokens={config.prompts.max_new_tokens})",
+        "print(tokenizer.decode(said[0]))",
+        "```",
+        "",
+    ]
+    reference = config.llm.model_name_or_path
+    if form == "adapter" and reference.startswith(WHEEL):
+        lines += [
+            "The base comes out of a package; its folder is",
+            f'`constrained_ft.resources.resolve_model("{reference}", None)`.',
+            "",
+        ]
+    return lines
+
+
+def _metadata(config: Config, library: str) -> list[str]:
+    named = base_on_a_hub(config)
     return [
         "---",
-        "library_name: transformers",
+        f"library_name: {library}",
         "pipeline_tag: text-generation",
-        *([f"base_model: {json.dumps(named)}"] if known else []),
+        *([f"base_model: {json.dumps(named)}"] if named is not None else []),
         "tags:",
         "- constrained-fine-tuning",
         "- cft",

@@ -8,6 +8,7 @@ from constrained_ft.errors import ConfigError
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.loading import TINY, load_context_length, load_frozen, plain_config
 from constrained_ft.run_folder import RunFolder
+from constrained_ft.scorers import Scorer, probed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,31 @@ def find_run(reference: str) -> RunFolder | None:
             f"`cft train --resume {reference}`"
         )
     return folder
+
+
+def finished_run(reference: str, command: str) -> RunFolder:
+    """The finished run that a reference names, for a command that takes nothing else.
+
+    Raises:
+        ConfigError: when it names no run, or one that has no final model yet.
+    """
+    run = find_run(reference)
+    if run is None:
+        raise ConfigError(
+            f"{command} needs a run, and {reference} is not a run folder; give the folder that "
+            "`cft train` wrote (the one that holds config.yaml)"
+        )
+    return run
+
+
+def scorers_of(run: RunFolder) -> list[Scorer]:
+    """The scorers of a run's constraint, one for each term, which have given a score.
+
+    Raises:
+        ScorerError: when one cannot be loaded or gives no score.
+        ModelError: when a model that one needs is missing.
+    """
+    return [probed(term.scorer) for term in run.config().constraint.all_terms().values()]
 
 
 def model_at(reference: str) -> ModelSource:
