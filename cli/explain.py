@@ -79,8 +79,8 @@ def _show(run: "ExplainedRun", explanation: "Explanation") -> None:
     line = "".join(_block(word.satisfaction) for word in explanation.words)
     console.print(Text("R, a bar for each word: ", style="dim").append(line, style="blue"))
     console.print(Text(summary(explanation)), soft_wrap=not console.is_terminal)
-    columns = ["token", "evidence", "R after", "p", "q", "q / p"]
-    columns += ["the model would say", "the target would say"]
+    columns = ["token", "evidence", "R after", "p", "q / p"]
+    columns += ["likeliest of p", "likeliest of q (× q / p)"]
     PlainDisplay(console).table("", columns, list(_rows(explanation.words)))
 
 
@@ -121,7 +121,6 @@ def _rows(words: "tuple[Word, ...]") -> Iterator[list[str]]:
                 f"{token.evidence:+.2f}",
                 f"{token.satisfaction:.2f}",
                 percent(token.said.p),
-                percent(token.said.q),
                 f"{token.said.ratio:.2g}",
                 ", ".join(choices(token.of_model, target=False)),
                 ", ".join(choices(token.of_target, target=True)),

@@ -16,7 +16,7 @@ def page(runs: Sequence[ExplainedRun]) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": percent, "strength": strength}
+    environment.filters |= {"percent": percent, "shown": shown, "strength": strength}
     template = environment.from_string(
         files("constrained_ft").joinpath("explain_page.html").read_text(encoding="utf-8")
     )
@@ -42,8 +42,10 @@ def percent(share: float) -> str:
 
 
 def shown(token: str) -> str:
-    """A token as people can see it; white space alone has a sign."""
-    return token.strip() or ("␠" if token else "·")
+    """A token as people can see it."""
+    if not token:
+        return "(part of a character)"
+    return token.strip() or ("(line break)" if "\n" in token else "(space)")
 
 
 def choices(listed: Sequence[Choice], *, target: bool) -> list[str]:

@@ -311,7 +311,7 @@ def test_runs_and_texts_are_shown_side_by_side(
     shown = capsys.readouterr().out
     for said in (" see[", "R goes from", "The scorer says 0.00", "Red words speak against"):
         assert said in shown
-    assert shown.count("the target would say") == 4
+    assert shown.count("likeliest of q") == 4
     assert Page(html.read_text()).text.count("The scorer says 1.00") == 2
 
 
