@@ -43,7 +43,7 @@ def explain(
     settings.prepare_libraries()
     console = settings.console()
     with make_display(settings.console(stderr=True), quiet=settings.quiet) as display:
-        from constrained_ft.explain import explain_command, legend
+        from constrained_ft.explain import explain_command, legends
 
         found = explain_command(
             runs, texts=text, prompt=prompt, alternatives=alternatives, display=display
@@ -57,8 +57,7 @@ def explain(
         for run in found:
             _show(run, run.texts[number])
     if not settings.quiet:
-        lines = dict.fromkeys(line for run in found for line in legend(run))
-        for line in lines:
+        for line in legends(found):
             console.print(f"[dim]·[/] {line}", style="dim", width=min(console.width, 100))
         if html is not None:
             console.print(f"the page is {html}", markup=False, soft_wrap=True)

@@ -353,8 +353,12 @@ def odds(evidence: float) -> str:
     return f"{size} times {'smaller' if evidence < 0 else 'larger'}"
 
 
-def legend(run: ExplainedRun) -> tuple[str, ...]:
+def legends(runs: Sequence[ExplainedRun]) -> list[str]:
     """How to read the picture, for people who know nothing of the method."""
+    return list(dict.fromkeys(line for run in runs for line in _legend(run)))
+
+
+def _legend(run: ExplainedRun) -> tuple[str, ...]:
     return (
         "Red words speak against the constraint, green ones for it. The number is the evidence of "
         "the word: what it does to the odds that all ends well. -0.7 halves them, -2.3 divides "

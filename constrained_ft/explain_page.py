@@ -5,7 +5,7 @@ from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
 
-from constrained_ft.explain import Choice, ExplainedRun, legend, summary
+from constrained_ft.explain import Choice, ExplainedRun, legends, summary
 
 FULL_COLOUR = 2.0  # logits; the odds change by 7
 WORTH_SAYING = 0.3  # logits; smaller evidence is not written under a word
@@ -22,7 +22,7 @@ def page(runs: Sequence[ExplainedRun]) -> str:
     )
     return template.render(
         runs=runs,
-        legends={run.name: legend(run) for run in runs},
+        legends=legends(runs),
         summary=summary,
         choices=choices,
         worth_saying=WORTH_SAYING,

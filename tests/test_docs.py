@@ -127,7 +127,10 @@ def leave(arguments: list[str], command: str) -> None:
 LOOKS = [
     line
     for line in dict.fromkeys(line for _, line in commands())
-    if re.match(r"cft (evaluate|generate) RUN", line) and "--evaluation full" not in line
+    if re.match(r"cft (evaluate|explain|export|generate) RUN", line)
+    and "--evaluation full" not in line
+    and "--push" not in line
+    and "--form adapter" not in line  # this run trains all weights
 ]
 
 

@@ -5,10 +5,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import LENGTH, LETTERS, TABLE, run, small_config
 from torch import Tensor
 
 from constrained_ft.auxiliary import Auxiliary, FrozenAuxiliary
@@ -29,8 +31,6 @@ from constrained_ft.explain import (
 from constrained_ft.explain_page import page
 from constrained_ft.tabular import table_llm
 from constrained_ft.tiny import byte_tokenizer
-from tests import oracle
-from tests.small import LENGTH, LETTERS, TABLE, run, small_config
 
 SIZE = len(LETTERS)
 PROMPT = (0,)

@@ -17,6 +17,7 @@ import peft
 import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from small import SHAPES, run, small_config, tiny_llm
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, PreTrainedModel
 
@@ -33,7 +34,6 @@ from constrained_ft.progress import Silent
 from constrained_ft.prompts import tokenise_prompts
 from constrained_ft.randomness import generator_for, seed_for
 from constrained_ft.tiny import byte_tokenizer, tiny_model
-from tests.small import SHAPES, run, small_config, tiny_llm
 
 PROMPTS = ["The baker opened", "My", "A letter"]
 NEW = 10
