@@ -14,6 +14,7 @@ them cancel, so it is what the whole word does to the odds.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -151,6 +152,10 @@ def explain_command(
         raise DataError("a text is empty; give at least a word after --text")
     if prompt[-1:].isalnum() and any(text[:1].isalnum() for text in texts):
         display.note("the text goes on with the prompt's last word; begin it with a space if not")
+    # What is shared should not tell where the run lies, unless it has to.
+    short = {target: run.path.resolve().name for target, run in runs.items()}
+    count = Counter(short.values())
+    names = {target: name if count[name] == 1 else target for target, name in short.items()}
     explained = []
     for target, run in runs.items():
         display.phase(f"explaining by {target}", len(texts))
@@ -169,7 +174,7 @@ def explain_command(
             display.advance()
         explained.append(
             ExplainedRun(
-                name=target,
+                name=names[target],
                 auxiliary=auxiliary.kind,
                 constraint=" and ".join(scorer.name for scorer in scorers),
                 meaning=_meaning(run.config()),
@@ -378,9 +383,9 @@ def _meaning(config: Config) -> str:
         case _ if labels == {"hard"}:
             return "the chance that a text which begins like this ends satisfying the constraint"
         case _ if labels == {"soft"}:
-            return "the score, from 0 to 1, that a text which begins like this is expected to get"
+            return "the score that a text which begins like this is expected to get"
         case _:
             return (
-                "how well a text which begins like this is expected to do, from 0 to 1, on a scale "
-                "that falls off steeply below a perfect score"
+                "how well a text which begins like this is expected to do, on a scale that falls "
+                "off steeply below a perfect score"
             )

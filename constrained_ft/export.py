@@ -9,6 +9,7 @@ from typing import Literal
 from constrained_ft import evaluate
 from constrained_ft.config import Config
 from constrained_ft.errors import CftError, CheckpointError, ConfigError, ModelError
+from constrained_ft.evaluate import Evaluation
 from constrained_ft.model_card import base_on_a_hub, model_card
 from constrained_ft.named_models import finished_run
 from constrained_ft.progress import Display
@@ -68,7 +69,7 @@ def export_command(
 
 def _write(run: RunFolder, output: Path, form: Form) -> None:
     """All or nothing: beside its place first."""
-    config = run.config()
+    config, evaluations = run.config(), _evaluations(run)
     partial = output.absolute().with_name(f".{output.name}.{os.getpid()}.partial")
     source = run.final_llm if form == "merged" else run.final_adapter
     try:
@@ -76,7 +77,6 @@ def _write(run: RunFolder, output: Path, form: Form) -> None:
         shutil.copytree(run.final_auxiliary, partial / "auxiliary")
         if form == "adapter":
             _name_the_base(partial / "adapter_config.json", config)
-        evaluations = evaluate.load(run.evaluation_file)
         write_atomically(partial / "README.md", model_card(evaluations, config, form=form))
         if output.is_dir():
             output.rmdir()
@@ -85,6 +85,18 @@ def _write(run: RunFolder, output: Path, form: Form) -> None:
         raise CheckpointError(f"cannot export {run.path} to {output}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _evaluations(run: RunFolder) -> list[Evaluation]:
+    """The results for the card."""
+    file = run.evaluation_file
+    try:
+        return evaluate.load(file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}, the results for the card, cannot be read; write it again with "
+            f"`cft evaluate {run.path} --output {file}` ({one_line(error)})"
+        ) from error
 
 
 def _name_the_base(file: Path, config: Config) -> None:

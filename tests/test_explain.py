@@ -312,6 +312,7 @@ def test_runs_and_texts_are_shown_side_by_side(
     for said in (" see[", "R goes from", "The scorer says 0.00", "Red words speak against"):
         assert said in shown
     assert shown.count("likeliest of q") == 4
+    assert str(finished) not in html.read_text()
     assert Page(html.read_text()).text.count("The scorer says 1.00") == 2
 
 

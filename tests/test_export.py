@@ -352,6 +352,10 @@ def test_what_cannot_be_exported_says_why(finished: Path, merged: Path, tmp_path
         hand_over(merged, tmp_path / "out")
     with pytest.raises(ConfigError, match="give --push"):
         hand_over(finished, tmp_path / "out", public=True)
+    (finished / "evaluation.json").rename(finished / "aside.json")
+    with pytest.raises(CheckpointError, match=r"write it again with `cft evaluate .* --output"):
+        hand_over(finished, tmp_path / "out")
+    (finished / "aside.json").rename(finished / "evaluation.json")
     assert not (tmp_path / "out").exists()
 
 
