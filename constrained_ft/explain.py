@@ -153,7 +153,7 @@ def explain_command(
     if prompt[-1:].isalnum() and any(text[:1].isalnum() for text in texts):
         display.note("the text goes on with the prompt's last word; begin it with a space if not")
     # What is shared should not tell where the run lies, unless it has to.
-    short = {target: run.path.resolve().name for target, run in runs.items()}
+    short = {target: run.path.absolute().name for target, run in runs.items()}
     count = Counter(short.values())
     names = {target: name if count[name] == 1 else target for target, name in short.items()}
     explained = []
