@@ -6,14 +6,14 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from constrained_ft import evaluate
+from constrained_ft import results
 from constrained_ft.config import Config
 from constrained_ft.errors import CftError, CheckpointError, ConfigError, ModelError
-from constrained_ft.evaluate import Evaluation
 from constrained_ft.model_card import base_on_a_hub, model_card
 from constrained_ft.named_models import finished_run
 from constrained_ft.progress import Display
 from constrained_ft.resources import one_line
+from constrained_ft.results import Evaluation
 from constrained_ft.run_folder import RunFolder, write_atomically
 
 Form = Literal["merged", "adapter"]
@@ -91,7 +91,7 @@ def _evaluations(run: RunFolder) -> list[Evaluation]:
     """The results for the card."""
     file = run.evaluation_file
     try:
-        return evaluate.load(file)
+        return results.load(file)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{file}, the results for the card, cannot be read; write it again with "
