@@ -402,6 +402,12 @@ class TrainerConfig(Section):
         pulled = self.kl_weight > 0 or self.target_rate is not None
         return self.trl is None and (self.divergence == "none" or not pulled)
 
+    def pull_words(self, kl_weight: float) -> str:
+        """What pulls beside the corpus, for people; lambda as it stands is given."""
+        if self.trl is not None:
+            return f"{self.trl.algorithm.upper()} of TRL, weight {self.trl.weight:g}"
+        return "the corpus alone" if self.is_plain else f"lambda {kl_weight:g}"
+
     @property
     def learns_target(self) -> bool:
         """Whether training reads what the auxiliary learned."""

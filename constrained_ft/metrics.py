@@ -139,6 +139,26 @@ def budget(
     return {name: so_far.get(name, 0.0) + amount for name, amount in added.items()}
 
 
+def cost(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What a run has cost by its last row; empty where that was not recorded."""
+    last = rows[-1] if rows else {}
+    return {name: value for name, value in last.items() if name.startswith("budget/")}
+
+
+def cost_table(costs: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows for people, a column for each run."""
+    titles = {
+        "budget/seconds": "seconds of training",
+        "budget/scored_samples": "completions scored",
+        "budget/scored_texts": "other texts scored",
+        "budget/trained_tokens": "tokens trained on",
+    }
+    return ["", *costs], [
+        [title, *(f"{spent[name]:,.0f}" for spent in costs.values())]
+        for name, title in titles.items()
+    ]
+
+
 def append(path: Path, row: Mapping[str, float]) -> None:
     """Add one row to a JSONL file.
 

@@ -137,12 +137,11 @@ def build_parts(
     if config.trainer.filter_corpus:
         texts += len(set(corpus.training)) * len(scorers)
         corpus = _filtered(corpus, config, tokenizer, scorers, display, world)
+    seconds = time.monotonic() - started
+    auxiliary = build_auxiliary(config, llm, tokenizer, scorers, world)
     if config.trainer.learns_target:
         texts += (len(tokenizer) + 1) * len(_scorers_of_prior(config, scorers))
-        auxiliary = build_auxiliary(config, llm, tokenizer, scorers, world)
-    prepared = {"budget/seconds": time.monotonic() - started, "budget/scored_texts": float(texts)}
-    if not config.trainer.learns_target:  # it is fitted when training is over
-        auxiliary = build_auxiliary(config, llm, tokenizer, scorers, world)
+        seconds = time.monotonic() - started
     display.advance()
     return Parts(
         llm=llm,
@@ -158,7 +157,7 @@ def build_parts(
         world=world,
         everyone=world,
         kl_weight=0.0 if config.trainer.is_plain else config.trainer.kl_weight,
-        prepared=prepared,
+        prepared={"budget/seconds": seconds, "budget/scored_texts": float(texts)},
     )
 
 

@@ -204,7 +204,7 @@ class _Session:
         self.parts.llm.module.eval()
         record_samples(self.parts, self.config, self.folder, iteration, guided=False)
         row |= {"iteration": float(iteration), "time/iteration": time.monotonic() - self.started}
-        row |= metrics.budget({}, metrics.read(self.folder.metrics_file), row)
+        row |= metrics.budget(self.parts.prepared, metrics.read(self.folder.metrics_file), row)
         checkpoint.save(self.folder.checkpoints, self.parts, self.config, None, row)
         metrics.append(self.folder.metrics_file, row)
         self.folder.write_status(
@@ -264,10 +264,10 @@ class _EndOfIteration(TrainerCallback):
     def __init__(self, session: _Session) -> None:
         self._session = session
 
-    def on_log(self, *_: object, logs: Mapping[str, float], **__: object) -> None:
+    def on_log(self, *_: Any, **keywords: Any) -> None:
         """Write it down; what is logged at the very end is no iteration."""
-        if "loss" in logs:
-            self._session.finish(logs)
+        if "loss" in keywords["logs"]:
+            self._session.finish(keywords["logs"])
 
 
 def _arguments(session: _Session, seed: int) -> dict[str, Any]:
@@ -498,5 +498,5 @@ def _hold_at_base(llm: LLM) -> None:
     """TRL's reference is the adapter as training begins, of a continued run too; zeros are none."""
     for name, parameter in llm.module.named_parameters():
         if f".{_REFERENCE}." in name:
-            parameter.requires_grad_(requires_grad=False)
+            parameter.requires_grad = False
             parameter.data.zero_()
