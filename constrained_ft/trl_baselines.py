@@ -14,6 +14,7 @@ import math
 import operator
 import shutil
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -481,7 +482,10 @@ def _lent(session: _Session) -> Iterator[None]:
             llm.module.save_pretrained(reference)
         llm.module.config._name_or_path = str(reference)
     try:
-        yield
+        with warnings.catch_warnings():
+            # It asks transformers for things by their old names.
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
     finally:
         for module in (llm.module, llm.peft_model):
             if module is not None:
