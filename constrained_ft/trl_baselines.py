@@ -305,6 +305,7 @@ def _prompt_data(session: _Session) -> dict[str, Any]:
         )
     iterations = range(session.done + 1, config.trainer.iterations + 1)
     texts = [p.text for i in iterations for p in prompts.of_iteration(i, count, config.seed)]
+    session.started = time.monotonic()
     return {
         "train_dataset": datasets.Dataset.from_dict({"prompt": texts}),
         "reward_funcs": session.rewards,

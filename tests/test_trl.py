@@ -97,7 +97,9 @@ def test_the_reward_is_the_score_of_the_same_text(grpo: tuple[Config, RunFolder,
     for iteration, (ids, rewards) in enumerate(seen.rewards, start=1):
         ended = [[token for token in one if token != tokenizer.eos_token_id] for one in ids]
         texts = tokenizer.batch_decode(ended)
-        assert rewards == [float("e" not in text.lower()) for text in texts]  # the letters constraint
+        assert rewards == [
+            float("e" not in text.lower()) for text in texts
+        ]  # the letters constraint
         assert 0 < sum(rewards) < len(rewards)
         rows = _said(folder, iteration)
         assert [row["completion"] for row in rows] == texts
