@@ -239,7 +239,8 @@ def report(out: Path, base: Point, files: Mapping[str, Mapping[str, Path]], seed
             at = trial["crossing"]
             title = f"{name}: {' '.join(_own(trial['overrides']))}"
             if at is None:
-                lines.append(f"| {title} | not reached | | | | | |")
+                spent = max((point["seconds"] for point in trial["points"]), default=0.0)
+                lines.append(f"| {title} | not in {spent:.0f} | | | | | |")
                 continue
             mark = "" if counts(trial, base) else " (too high)"
             lines.append(
