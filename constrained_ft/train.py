@@ -169,18 +169,19 @@ def _finish(
     evaluations = [base, tuned]
     if parts.everyone.leads:
         found = differences(evaluations)
-        costs = {"tuned": metrics.cost(metrics.read(folder.metrics_file))}
+        cost = metrics.cost(metrics.read(folder.metrics_file))
+        counts = {name: value for name, value in cost.items() if name != "budget/seconds"}
         results.save(
             folder.evaluation_file,
             evaluations,
             config,
             differences=paired.plain(found),
-            budgets=costs,
+            budgets={"tuned": counts},  # the file is the same in every run
         )
         write_cards((folder.final_llm, folder.final_adapter), evaluations, config)
         parts.display.table("Held-out prompts and text", *results.table(evaluations))
         parts.display.table("The same prompts and random numbers", *paired.table(found))
-        parts.display.table("What training has cost", *metrics.cost_table(costs))
+        parts.display.table("What training has cost", *metrics.cost_table({"tuned": cost}))
     _say_where_time_went(parts, folder)
     if isinstance(placement, Peers) and not placement.learns:
         parts.display.note(placement.advice())

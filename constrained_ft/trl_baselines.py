@@ -283,6 +283,7 @@ def _arguments(session: _Session, seed: int) -> dict[str, Any]:
         "max_grad_norm": trainer.max_grad_norm,
         "beta": session.trl.beta,
         "bf16": session.parts.llm.bf16,
+        "use_cpu": session.parts.llm.device.type == "cpu",
         "gradient_checkpointing": session.parts.llm.checkpoints,
         "logging_steps": steps,
         "logging_nan_inf_filter": False,
