@@ -28,7 +28,7 @@ pytest.importorskip("trl")
 FEW = ("trainer.trl.num_generations=4", "trainer.iterations=2")
 SCORER = """
 def score(prompts, completions):
-    return [None if len(text) % 2 == 1 else (len(text) % 5) / 5 for text in completions]
+    return [None if len(text) % 2 == 1 else sum(map(ord, text)) % 5 / 4 for text in completions]
 """
 
 
