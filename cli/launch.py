@@ -410,7 +410,7 @@ def summary(config: "Config") -> dict[str, str]:
         "auxiliary": f"{config.auxiliary.kind}, rank {config.auxiliary.rank}",
         "schedule": f"{trainer.schedule}, {trainer.iterations} iterations x "
         f"{trainer.steps_per_iteration} = {steps:,} steps of {rows} rows",
-        "kl_weight": "none" if trainer.is_plain else f"{trainer.kl_weight:g}",
+        "pull": trainer.pull_words(trainer.kl_weight),
         "seed": str(config.seed),
         "folder": config.output_dir,
     }

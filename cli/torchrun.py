@@ -46,8 +46,14 @@ class Processes:
         """See that a configuration can run in so many processes.
 
         Raises:
-            ConfigError: if peers would leave none to update the LLM.
+            ConfigError: if peers would leave none to update the LLM, or TRL's trainers would be
+                several.
         """
+        if config.trainer.trl is not None and self.total > 1:
+            raise ConfigError(
+                f"trainer.trl runs in one process, and {self.total} would start; give "
+                "--nproc-per-node 1"
+            )
         peers = config.placement.peers
         if config.placement.kind == "peers" and peers >= self.total:
             raise ConfigError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from constrained_ft import evaluate, paired, results
+from constrained_ft import evaluate, metrics, paired, results
 from constrained_ft.auxiliary import FrozenAuxiliary
 from constrained_ft.compose import compose
 from constrained_ft.config import Config
@@ -36,6 +36,8 @@ class _Subject:
     source: ModelSource
     suffix: str = ""
     """Behind the name: how it is sampled."""
+    run: RunFolder | None = None
+    """The run that trained it; None for columns that only sample otherwise, and for models."""
     guided_by: RunFolder | None = None
     """The run whose auxiliary guides every token."""
     best_of: int = 1
@@ -135,8 +137,16 @@ def evaluate_command(  # noqa: PLR0913
     display.table(title, *results.table(evaluations))
     found = differences(evaluations)
     display.table("The same prompts and random numbers", *paired.table(found))
+    costs = {
+        subject.name: spent
+        for subject in subjects
+        if subject.run is not None
+        and (spent := metrics.cost(metrics.read(subject.run.metrics_file)))
+    }
+    if costs:
+        display.table("What training has cost", *metrics.cost_table(costs))
     if output is not None:
-        results.save(output, evaluations, config, prompts_file, paired.plain(found))
+        results.save(output, evaluations, config, prompts_file, paired.plain(found), costs)
         display.note(f"written to {output}")
     return evaluations
 
@@ -196,7 +206,7 @@ def _subjects(
             known.append(base)
         tuned = final_model(runs[target])
         column = _Subject(name=name, source=tuned, base=known.index(base))
-        subjects.append(column)
+        subjects.append(replace(column, run=runs[target]))
         if guided:
             subjects.append(replace(column, suffix=", guided", guided_by=runs[target]))
         if best_of > 1:

@@ -314,6 +314,25 @@ class PromptsConfig(Section):
         return self
 
 
+class TrlConfig(Section):
+    """A trainer of TRL in the place of the method's own: a baseline. Needs the extra `trl`."""
+
+    algorithm: Literal["grpo", "rloo", "kto"]
+    """grpo, rloo: reinforcement learning on completions that TRL samples as it goes. kto: on
+    completions of the base model, all sampled and labelled before the first step."""
+    weight: float = Field(gt=0)
+    """What TRL's loss weighs beside the corpus cross-entropy per trained token."""
+    beta: float = Field(ge=0)
+    """TRL's own: how strongly it holds the LLM at the base model."""
+    reward: Literal["score", "satisfied"] = "score"
+    """What grpo and rloo reward. score: the score, that of the term which is satisfied least.
+    satisfied: 1 where every term is satisfied, else 0."""
+    num_generations: int = Field(default=8, gt=1)
+    """Completions of each prompt that grpo and rloo compare with one another. An iteration has
+    prompts_per_iteration x samples_per_prompt completions all the same, of fewer or more
+    prompts."""
+
+
 class TrainerConfig(Section):
     """Both updates and their schedule."""
 
@@ -343,6 +362,9 @@ class TrainerConfig(Section):
     pulls, plain fine-tuning, as with a kl_weight of 0."""
     filter_corpus: bool = False
     """Leave out corpus rows whose text violates the constraint: a baseline."""
+    trl: TrlConfig | None = None
+    """A trainer of TRL learns from the constraint instead, on the same corpus rows and with the
+    same optimizer; null: the method's own."""
     corpus: bool
     """Train on the corpus. false leaves the KL alone: the LLM moves towards q* and nothing else."""
     reference: Literal["fresh", "matched", "live"]
@@ -377,7 +399,19 @@ class TrainerConfig(Section):
     @property
     def is_plain(self) -> bool:
         """Whether only the corpus is learned."""
-        return self.divergence == "none" or (self.kl_weight == 0 and self.target_rate is None)
+        pulled = self.kl_weight > 0 or self.target_rate is not None
+        return self.trl is None and (self.divergence == "none" or not pulled)
+
+    def pull_words(self, kl_weight: float) -> str:
+        """What pulls beside the corpus, for people; lambda as it stands is given."""
+        if self.trl is not None:
+            return f"{self.trl.algorithm.upper()} of TRL, weight {self.trl.weight:g}"
+        return "the corpus alone" if self.is_plain else f"lambda {kl_weight:g}"
+
+    @property
+    def learns_target(self) -> bool:
+        """Whether training reads what the auxiliary learned."""
+        return self.trl is None and not self.is_plain
 
     @model_validator(mode="after")
     def _rate_needs_a_pull(self) -> "TrainerConfig":
@@ -540,6 +574,26 @@ class Config(Section):
                 "trainer.divergence=reverse_kl needs constraint.threshold below 1 or "
                 "constraint.labels=tilt: with hard labels a token that rules satisfaction out "
                 "costs without bound"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _trl_divides(self) -> "Config":
+        trl, prompts, steps = self.trainer.trl, self.prompts, self.trainer.steps_per_iteration
+        if trl is None:
+            return self
+        if self.placement.kind == "peers":
+            raise ValueError("trainer.trl runs in one process; use placement=inline")
+        total = prompts.prompts_per_iteration * prompts.samples_per_prompt
+        if total % steps or total < 2 * steps:
+            raise ValueError(
+                f"trainer.trl needs an iteration's {total} completions (prompts_per_iteration x "
+                f"samples_per_prompt) to divide by its {steps} steps, two or more in each"
+            )
+        if trl.algorithm != "kto" and total % trl.num_generations:
+            raise ValueError(
+                f"trainer.trl.num_generations={trl.num_generations} must divide an iteration's "
+                f"{total} completions (prompts_per_iteration x samples_per_prompt)"
             )
         return self
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from constrained_ft.config import Config, GuardConfig, TrainerConfig
@@ -55,6 +55,7 @@ def update_llm(parts: Parts, target: Target, config: Config, iteration: int) -> 
     if trainer.divergence == "accepted":  # a cross-entropy, which knows no such bound
         guard = guard.model_copy(update={"kl_limit": math.inf})
     taken: list[dict[str, float]] = []
+    tokens = 0
     split = _split_rollouts(target, config, iteration)
     prompts_per_step = target.num_prompts / trainer.steps_per_iteration
     seed = seed_for(config.seed, "dropout", iteration, world.rank)
@@ -64,11 +65,12 @@ def update_llm(parts: Parts, target: Target, config: Config, iteration: int) -> 
             step = (iteration - 1) * trainer.steps_per_iteration + index
             optimization.optimizer.zero_grad()
             release_freed()
+            batches = corpus_rows(parts, config, step)
             losses = backward_of_step(
                 llm,
                 target,
                 rows_N,
-                _batches(parts, config, step),
+                batches,
                 trainer,
                 prompts_per_step,
                 live=trainer.reference == "live" or (trainer.reference == "fresh" and index == 0),
@@ -83,6 +85,7 @@ def update_llm(parts: Parts, target: Target, config: Config, iteration: int) -> 
             if fault is None:
                 optimization.optimizer.step()
                 taken.append(losses | {"update/grad_norm": norm})
+                tokens += _trained_tokens(target, rows_N, batches, trainer)
                 parts.display.advance(1, ce=losses["update/ce"], kl=losses["update/kl"])
                 parts.faults = 0 if config.guard.on_failure == "skip" else parts.faults
             elif config.guard.on_failure == "skip":
@@ -96,11 +99,24 @@ def update_llm(parts: Parts, target: Target, config: Config, iteration: int) -> 
         **({"update/kl_first": taken[0]["update/kl"]} if taken else {}),
         "update/kl_weight": parts.kl_weight,
         "update/learning_rate": float(optimization.scheduler.get_last_lr()[0]),
+        "update/tokens": float(tokens),
         "update/skipped_steps": float(len(split) - len(taken)),
     }
 
 
-def _batches(parts: Parts, config: Config, step: int) -> list[list[tuple[Row, ...]]]:
+def _trained_tokens(
+    target: Target,
+    rows_N: Int[Tensor, " N"],
+    batches: Sequence[Sequence[Sequence[Row]]],
+    config: TrainerConfig,
+) -> int:
+    """Corpus and completion tokens of one step, of all ranks."""
+    corpus = sum(sum(row.trained) for rank in batches for rows in rank for row in rows)
+    said = int(target.rollouts.mask_NT[rows_N].sum()) if not config.is_plain else 0
+    return corpus + said
+
+
+def corpus_rows(parts: Parts, config: Config, step: int) -> list[list[tuple[Row, ...]]]:
     """The corpus rows of a step: by rank, then by pass."""
     trainer, size = config.trainer, parts.world.size
     passes = trainer.gradient_accumulation_steps if trainer.corpus else 0
@@ -212,9 +228,6 @@ def _backward_of_pass(  # noqa: PLR0913
     packed = llm.pack([*trees, *(Tree(stem=row.token_ids) for row in corpus)])
     states_SD = llm.packed_states(packed)
     slots_M, rows_M, steps_M = _kl_places(rows_N, packed)
-    predicting_M, next_M = (
-        part.to(llm.device) for part in _ce_places(corpus, packed.stems[len(trees) :])
-    )
     # They share no rows: no prefix of a rollout is a prefix of the corpus.
     hidden_MD, tilt = states_SD[slots_M], target.tilt(rows_M, steps_M)
     if live:
@@ -238,11 +251,42 @@ def _backward_of_pass(  # noqa: PLR0913
             rows_M=rows_M,
             steps_M=steps_M,
         )
-    labels = Labels(next_M=next_M, weights_M=torch.ones(len(next_M), device=llm.device))
-    ce = fused_losses(states_SD[predicting_M], llm.head, labels=labels).loss
+    ce = _corpus_loss(llm, states_SD, corpus, packed.stems[len(trees) :])
     ce_scale, kl_scale = scales
     (kl_scale * kl + ce_scale * ce).backward()
     return float(ce.detach()), float(kl.detach())
+
+
+def backward_of_corpus(llm: LLM, passes: Sequence[Sequence[Row]]) -> tuple[float, int]:
+    """Add the gradient of the corpus cross-entropy of one step, by itself.
+
+    Args:
+        llm: what moves.
+        passes: corpus rows, one entry a pass.
+
+    Returns:
+        The cross-entropy, nats per trained token, and how many of these there are.
+    """
+    tokens = sum(sum(row.trained) for rows in passes for row in rows)
+    total = 0.0
+    for rows in passes:
+        packed = llm.pack([Tree(stem=row.token_ids) for row in rows])
+        loss = _corpus_loss(llm, llm.packed_states(packed), rows, packed.stems)
+        (loss / tokens).backward()
+        total += float(loss.detach())
+    return total / max(tokens, 1), tokens
+
+
+def _corpus_loss(
+    llm: LLM,
+    states_SD: Float[Tensor, "S D"],
+    corpus: Sequence[Row],
+    stems: Sequence[Int[Tensor, "..."]],
+) -> Float[Tensor, ""]:
+    """The sum of cross-entropies over the trained tokens of corpus rows, in nats."""
+    predicting_M, next_M = (part.to(llm.device) for part in _ce_places(corpus, stems))
+    labels = Labels(next_M=next_M, weights_M=torch.ones(len(next_M), device=llm.device))
+    return fused_losses(states_SD[predicting_M], llm.head, labels=labels).loss
 
 
 def _kl_places(

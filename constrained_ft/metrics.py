@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 METRICS: dict[str, tuple[str, str]] = {
@@ -10,6 +10,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "rollouts/satisfaction": ("share of this iteration's rollouts that satisfy C", "share"),
     "rollouts/score": ("mean score of this iteration's rollouts", "0 to 1"),
     "rollouts/missing": ("share of this iteration's rollouts that got no score", "share"),
+    "rollouts/scored": ("completions scored in this iteration for training to learn from", "count"),
     "rollouts/effective_labels": (
         "(sum of labels)^2 / sum of squares: rollouts that carry the target",
         "share",
@@ -74,8 +75,11 @@ METRICS: dict[str, tuple[str, str]] = {
     "update/loss": ("what the optimizer minimises", "nats per corpus token"),
     "update/grad_norm": ("norm of the gradient before clipping", "nats"),
     "update/learning_rate": ("learning rate after the last step", "1"),
+    "update/tokens": ("corpus and completion tokens that this update was trained on", "tokens"),
     "update/skipped_steps": ("optimizer steps that a guard left out", "count"),
     "update/rolled_back": ("1 where a guard took the whole update back", "count"),
+    "trl/loss": ("mean of the loss of TRL's trainer, times its weight", "1"),
+    "trl/kl": ("KL to the base model, as TRL's trainer estimates it", "nats"),
     "version/llm": ("updates that the LLM had when this one began", "count"),
     "version/auxiliary": ("iteration that fitted the R in use", "iteration"),
     "version/data": ("iteration whose rollouts are read", "iteration"),
@@ -84,6 +88,17 @@ METRICS: dict[str, tuple[str, str]] = {
     "time/target": ("sampling, scoring and fitting the auxiliary", "seconds"),
     "time/update": ("updating the LLM", "seconds"),
     "time/iteration": ("the whole iteration but for writing its checkpoint", "seconds"),
+    "budget/seconds": (
+        "time of all iterations so far, and of scoring before the first; no measurements",
+        "seconds",
+    ),
+    "budget/scored_samples": ("completions scored so far for training to learn from", "count"),
+    "budget/scored_texts": (
+        "other texts scored before the first iteration: the vocabulary for the auxiliary's prior, "
+        "corpus rows for filter_corpus",
+        "count",
+    ),
+    "budget/trained_tokens": ("corpus and completion tokens trained on so far", "tokens"),
 }
 
 
@@ -102,6 +117,46 @@ def entry(name: str) -> str:
     if section in ("term", "judge"):
         return f"{section}/<name>/{rest.rpartition('/')[2]}"
     return re.sub(r"^auxiliary/bin_\d+/", "auxiliary/bin_<k>/", name)
+
+
+def budget(
+    before: Mapping[str, float], earlier: Sequence[Mapping[str, float]], row: Mapping[str, float]
+) -> dict[str, float]:
+    """What a run has cost up to an iteration, under `budget/`.
+
+    Args:
+        before: what it cost before the first one.
+        earlier: the rows of the iterations before.
+        row: what the iteration itself took.
+    """
+    so_far = earlier[-1] if earlier else before
+    added = {
+        "budget/seconds": row["time/iteration"],
+        "budget/scored_samples": row.get("rollouts/scored", 0.0),
+        "budget/scored_texts": 0.0,
+        "budget/trained_tokens": row.get("update/tokens", 0.0),
+    }
+    return {name: so_far.get(name, 0.0) + amount for name, amount in added.items()}
+
+
+def cost(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What a run has cost by its last row; empty where that was not recorded."""
+    last = rows[-1] if rows else {}
+    return {name: value for name, value in last.items() if name.startswith("budget/")}
+
+
+def cost_table(costs: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows for people, a column for each run."""
+    titles = {
+        "budget/seconds": "seconds of training",
+        "budget/scored_samples": "completions scored",
+        "budget/scored_texts": "other texts scored",
+        "budget/trained_tokens": "tokens trained on",
+    }
+    return ["", *costs], [
+        [title, *(f"{spent[name]:,.0f}" for spent in costs.values())]
+        for name, title in titles.items()
+    ]
 
 
 def append(path: Path, row: Mapping[str, float]) -> None:

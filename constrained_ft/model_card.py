@@ -48,6 +48,11 @@ def model_card(
     steps = trainer.iterations * trainer.steps_per_iteration
     if trainer.is_plain:
         aim = "Nothing but the corpus pulled on it; the constraint was only measured."
+    elif trainer.trl is not None:
+        aim = (
+            f"Beside the corpus, {trainer.trl.algorithm.upper()} of TRL trained it "
+            f"towards the constraint (weight {trainer.trl.weight:g}, beta {trainer.trl.beta:g})."
+        )
     else:
         aim = (
             f"Beside the corpus, the KL to the closest distribution that satisfies the constraint "

@@ -1,6 +1,7 @@
 """Everything a run needs, built once; what is cheap to check is checked before the model loads."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,6 +52,8 @@ class Parts:
     """All ranks."""
     kl_weight: float
     """lambda as it stands: `trainer.kl_weight`, or what `trainer.target_rate` made of it."""
+    prepared: Mapping[str, float] = field(default_factory=dict)
+    """What was scored before the first iteration, under `budget/` of `metrics.METRICS`."""
     faults: int = 0
     """What guards tolerated in a row."""
     memory_estimate: int | None = None
@@ -130,9 +133,15 @@ def build_parts(
     if config.llm.gradient_checkpointing == "auto" and not update_fits(llm, prompts, config):
         llm.checkpoint_activations()
     display.advance()
+    started, texts = time.monotonic(), 0
     if config.trainer.filter_corpus:
+        texts += len(set(corpus.training)) * len(scorers)
         corpus = _filtered(corpus, config, tokenizer, scorers, display, world)
+    seconds = time.monotonic() - started
     auxiliary = build_auxiliary(config, llm, tokenizer, scorers, world)
+    if config.trainer.learns_target:
+        texts += (len(tokenizer) + 1) * len(_scorers_of_prior(config, scorers))
+        seconds = time.monotonic() - started
     display.advance()
     return Parts(
         llm=llm,
@@ -148,6 +157,7 @@ def build_parts(
         world=world,
         everyone=world,
         kl_weight=0.0 if config.trainer.is_plain else config.trainer.kl_weight,
+        prepared={"budget/seconds": seconds, "budget/scored_texts": float(texts)},
     )
 
 
@@ -192,13 +202,7 @@ def build_auxiliary(
     assert isinstance(embeddings, torch.Tensor)
     embeddings_VD = embeddings.detach()
     prior_V = torch.zeros(len(embeddings_VD), device=llm.device)
-    terms = config.constraint.all_terms().values()
-    wanted = config.auxiliary.vocabulary_prior
-    asked = [
-        scorer
-        for scorer, term in zip(scorers, terms, strict=True)
-        if wanted is True or (wanted == "auto" and is_quick(term.scorer))
-    ]
+    asked = _scorers_of_prior(config, scorers)
     if asked:
         texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
         nothing, *scores = _scores_of_texts(["", *texts], asked, world or World.alone())
@@ -206,6 +210,16 @@ def build_auxiliary(
     seed = seed_for(config.seed, "auxiliary")
     auxiliary = Auxiliary(config.auxiliary, embeddings_VD, prior_V, seed=seed)
     return auxiliary.to(llm.device)
+
+
+def _scorers_of_prior(config: Config, scorers: Sequence[Scorer]) -> list[Scorer]:
+    """Those that are asked about every token of the vocabulary."""
+    terms, wanted = config.constraint.all_terms().values(), config.auxiliary.vocabulary_prior
+    return [
+        scorer
+        for scorer, term in zip(scorers, terms, strict=True)
+        if wanted is True or (wanted == "auto" and is_quick(term.scorer))
+    ]
 
 
 def _scores_of_texts(texts: Sequence[str], scorers: Sequence[Scorer], world: World) -> list[float]:

@@ -119,7 +119,7 @@ def _announce(parts: Parts, config: Config, folder: RunFolder, base: Evaluation)
             f"{trainer.iterations} x {config.prompts.prompts_per_iteration} x "
             f"{config.prompts.samples_per_prompt} rollouts",
             "steps": f"{trainer.iterations} iterations x {trainer.steps_per_iteration}, "
-            f"lambda {parts.kl_weight:g}",
+            + trainer.pull_words(parts.kl_weight),
             "constraint": _constraint_words(parts, config),
             "base satisfies": f"{rate:.1%} of {samples} probe samples{_terms_words(base)}",
             **({"scoring": _scoring_words(config, base)} if base.seconds_per_score else {}),

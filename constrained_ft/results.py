@@ -92,6 +92,7 @@ def save(
     config: Config,
     prompts_file: Path | None = None,
     differences: Sequence[Mapping[str, Any]] = (),
+    budgets: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
     """Write results as JSON, with the settings that they depend on.
 
@@ -101,6 +102,7 @@ def save(
         config: what they were measured with.
         prompts_file: where the prompts came from, if not from the configuration.
         differences: of pairs of them.
+        budgets: what training the models has cost, as `metrics.cost` has it.
     """
     measured = config.evaluation
     settings = {
@@ -118,7 +120,12 @@ def save(
     models = [asdict(one) for one in evaluations]
     for model in models:
         del model["seconds_per_score"]
-    tree = {"settings": settings, "models": models, "differences": list(differences)}
+    tree = {
+        "settings": settings,
+        "models": models,
+        "differences": list(differences),
+        "budgets": budgets or {},
+    }
     write_atomically(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from constrained_ft.config import ConstraintConfig, SamplerConfig
 from constrained_ft.decoding import Decoded, Guide, decode, decode_by_generate
@@ -301,23 +302,30 @@ def joined(parts: Sequence[Rollouts], prompts: Sequence[Prompt]) -> Rollouts:
 def _rollouts(
     llm: FrozenLLM, prompts: Sequence[Prompt], found: Decoded, repeats: int, iteration: int
 ) -> Rollouts:
-    end = llm.tokenizer.eos_token_id
-    said = []
-    for row_ids, row_mask in zip(found.ids_BT.tolist(), found.mask_BT.tolist(), strict=True):
-        kept = [token for token, real in zip(row_ids, row_mask, strict=True) if real]
-        # The end-of-text token is the model's way to stop, not a part of what it says.
-        if kept and kept[-1] == end:
-            kept.pop()
-        said.append(kept)
+    rows = zip(found.ids_BT.tolist(), found.mask_BT.tolist(), strict=True)
+    said = [[token for token, real in zip(ids, mask, strict=True) if real] for ids, mask in rows]
     return Rollouts(
         prompts=tuple(prompts),
         prompt_N=torch.arange(len(prompts)).repeat_interleave(repeats).to(llm.device),
         ids_NT=found.ids_BT,
         mask_NT=found.mask_BT,
         hidden_NTD=found.hidden_BTD,
-        texts=tuple(llm.tokenizer.batch_decode(said)),
+        texts=tuple(completion_texts(llm.tokenizer, said)),
         iteration=iteration,
     )
+
+
+def completion_texts(
+    tokenizer: PreTrainedTokenizerBase, completions: Sequence[Sequence[int]]
+) -> list[str]:
+    """What is scored of completions given as tokens.
+
+    The end-of-text token is the model's way to stop, not a part of what it says.
+    """
+    end = tokenizer.eos_token_id
+    said = [list(ids[:-1] if ids and ids[-1] == end else ids) for ids in completions]
+    texts: list[str] = tokenizer.batch_decode(said)
+    return texts
 
 
 def rollout_tensors(rollouts: Rollouts) -> dict[str, Tensor]:

@@ -42,13 +42,19 @@ def record_iteration(
     """
     judged: dict[str, float] = {}
     if target.iteration == iteration:
-        versions = " + ".join(scorer.version for scorer in parts.scorers)
-        _write_rollouts(folder, parts.replay[0], versions)
+        write_rollouts(folder, iteration, _rollout_rows(parts.replay[0]), parts)
         judged = _ask_judges(parts, config, parts.replay[0].rollouts)
+    record_samples(parts, config, folder, iteration, guided=True)
+    return judged
+
+
+def record_samples(
+    parts: Parts, config: Config, folder: RunFolder, iteration: int, *, guided: bool
+) -> None:
+    """Some 8 times a run what the LLM says to the fixed prompts, alone and guided by R."""
     last = config.trainer.iterations
     if iteration % -(-last // _MOST_FILES) == 0 or iteration == last:
-        _record_fixed_prompts(parts, config, folder, iteration)
-    return judged
+        _record_fixed_prompts(parts, config, folder, iteration, guided=guided)
 
 
 def _ask_judges(parts: Parts, config: Config, rollouts: Rollouts) -> dict[str, float]:
@@ -65,13 +71,17 @@ def _ask_judges(parts: Parts, config: Config, rollouts: Rollouts) -> dict[str, f
     return found
 
 
-def _record_fixed_prompts(parts: Parts, config: Config, folder: RunFolder, iteration: int) -> None:
+def _record_fixed_prompts(
+    parts: Parts, config: Config, folder: RunFolder, iteration: int, *, guided: bool
+) -> None:
     prompts = _fixed_prompts(parts)
     base = [json.loads(line)["base"] for line in folder.samples_file(0).read_text().splitlines()]
     now = parts.llm.frozen()
-    tuned = _complete(parts, config, now, prompts, None)
-    guided = _complete(parts, config, now, prompts, parts.auxiliary.frozen().guide())
-    rows = _rows(parts, prompts, {"base": base, "tuned": tuned, "guided": guided})
+    said = {"base": base, "tuned": _complete(parts, config, now, prompts, None)}
+    if guided:
+        guide = parts.auxiliary.frozen().guide()
+        said["guided"] = _complete(parts, config, now, prompts, guide)
+    rows = _rows(parts, prompts, said)
     _write_rows(folder.samples_file(iteration), rows)
     for row in rows:
         scores = row["scores"]
@@ -121,17 +131,19 @@ def _rows(
     ]
 
 
-def _write_rollouts(folder: RunFolder, labeled: LabeledRollouts, scorer_version: str) -> None:
+def write_rollouts(
+    folder: RunFolder, iteration: int, rows: Sequence[Mapping[str, object]], parts: Parts
+) -> None:
+    """The scored completions of an iteration: `prompt`, `completion`, `score`, `satisfied`."""
+    version = " + ".join(scorer.version for scorer in parts.scorers)
+    known = {"llm_iteration": iteration, "scorer_version": version}
+    _write_rows(folder.rollouts_file(iteration), [{**row, **known} for row in rows])
+
+
+def _rollout_rows(labeled: LabeledRollouts) -> list[dict[str, object]]:
     rollouts = labeled.rollouts
-    rows = [
-        {
-            "prompt": prompt,
-            "completion": text,
-            "score": score,
-            "satisfied": satisfied,
-            "llm_iteration": rollouts.iteration,
-            "scorer_version": scorer_version,
-        }
+    return [
+        {"prompt": prompt, "completion": text, "score": score, "satisfied": satisfied}
         for prompt, text, score, satisfied in zip(
             rollouts.prompt_texts,
             rollouts.texts,
@@ -140,7 +152,6 @@ def _write_rollouts(folder: RunFolder, labeled: LabeledRollouts, scorer_version:
             strict=True,
         )
     ]
-    _write_rows(folder.rollouts_file(rollouts.iteration), rows)
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

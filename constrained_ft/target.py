@@ -260,6 +260,7 @@ def learn_auxiliary(
         "rollouts/satisfaction": satisfaction,
         "rollouts/score": float(labeled.least_scores.mean()),
         "rollouts/missing": labeled.missing / len(rollouts.texts),
+        "rollouts/scored": float(len(rollouts.texts)) * config.trainer.learns_target,
         "rollouts/effective_labels": labeled.effective / len(labeled.labels_N),
         "rollouts/length": float(lengths_N.mean()),
     }

@@ -22,6 +22,7 @@ from constrained_ft.results import Evaluation
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.samples import record_iteration
 from constrained_ft.target import Target
+from constrained_ft.trl_baselines import require_trl, train_by_trl
 
 
 def train(
@@ -47,6 +48,7 @@ def train(
         CftError: the errors of every stage; the newest checkpoint is kept.
     """
     world = world or World.alone()
+    require_trl(config)
     parts = build_parts(config, display, stop, scores=folder.scores, world=world)
     placement = Inline() if config.placement.kind == "inline" else divide(parts, config)
     with parts.phases.during("evaluation"):
@@ -60,6 +62,7 @@ def train(
         target = None  # that of a run which was to end there and is longer now: two steps too old
     if done == 0:
         rehearse(parts, config, folder)
+    done = train_by_trl(parts, config, folder, done)  # a baseline: nothing is left for the loop
     alternating = config.trainer.schedule == "alternating"
     for iteration in range(done + 1, last + 1):
         started = time.monotonic()
@@ -92,6 +95,7 @@ def train(
                 row |= record_iteration(parts, config, folder, target, iteration)
             row |= {"time/target": learned - started, "time/update": updated - learned}
             row |= {"iteration": float(iteration), "time/iteration": time.monotonic() - started}
+            row |= metrics.budget(parts.prepared, metrics.read(folder.metrics_file), row)
             with parts.phases.during("checkpoint"):
                 checkpoint.save(folder.checkpoints, parts, config, target, row)
             metrics.append(folder.metrics_file, row)
@@ -165,10 +169,19 @@ def _finish(
     evaluations = [base, tuned]
     if parts.everyone.leads:
         found = differences(evaluations)
-        results.save(folder.evaluation_file, evaluations, config, differences=paired.plain(found))
+        cost = metrics.cost(metrics.read(folder.metrics_file))
+        counts = {name: value for name, value in cost.items() if name != "budget/seconds"}
+        results.save(
+            folder.evaluation_file,
+            evaluations,
+            config,
+            differences=paired.plain(found),
+            budgets={"tuned": counts},  # the file is the same in every run
+        )
         write_cards((folder.final_llm, folder.final_adapter), evaluations, config)
         parts.display.table("Held-out prompts and text", *results.table(evaluations))
         parts.display.table("The same prompts and random numbers", *paired.table(found))
+        parts.display.table("What training has cost", *metrics.cost_table({"tuned": cost}))
     _say_where_time_went(parts, folder)
     if isinstance(placement, Peers) and not placement.learns:
         parts.display.note(placement.advice())

@@ -155,7 +155,7 @@ INVALID = [
     ("llm=org/model", "llm=org/model", "llm=pretrained llm.model_name_or_path=org/model"),
     ("data=my.jsonl", "data=my.jsonl", "data=file data.path=my.jsonl"),
     ("experiment=smok", "experiment=smok", "did you mean smoke?"),
-    ("trainer=3", "trainer=3", "alternating, filtered, overlapped"),
+    ("trainer=3", "trainer=3", "alternating, filtered, grpo, kto, overlapped"),
     ("llm=null", "llm=null", "tiny"),
     ("~llm", "~llm", "tiny"),
     # Types and bounds.

@@ -103,7 +103,7 @@ def step_in_float64(
         parts.llm,
         target,
         torch.arange(rows),
-        finetune._batches(parts, config, 3),
+        finetune.corpus_rows(parts, config, 3),
         config.trainer,
         float(target.share_N[:rows].sum()),
         world=world,

@@ -26,7 +26,7 @@ from constrained_ft.scorers import build_scorer, score_all
 from constrained_ft.tiny import byte_tokenizer
 from constrained_ft.train import train
 
-TIMES = {"time/target", "time/update", "time/iteration"}
+TIMES = {"time/target", "time/update", "time/iteration", "budget/seconds"}
 
 
 class StopAfter(StopRequest):
@@ -221,9 +221,9 @@ def test_every_metric_has_a_meaning_and_every_meaning_a_metric(
             assert {metrics.entry(name) for name in row} <= set(METRICS)
             assert all(math.isfinite(value) for value in row.values())
             seen |= {metrics.entry(name) for name in row}
-    # Those of peers, guards, judges and of several constraints are in their own tests.
+    # Those of peers, guards, judges, several constraints and TRL are in their own tests.
     elsewhere = {"time/wait_target", "time/wait_llm", "update/rolled_back"}
-    elsewhere |= {name for name in METRICS if name.startswith(("term", "judge"))}
+    elsewhere |= {name for name in METRICS if name.startswith(("term", "judge", "trl"))}
     assert seen == set(METRICS) - elsewhere
     with pytest.raises(KeyError):
         metrics.append(tmp_path / "metrics.jsonl", {"update/loss": 1.0, "no/meaning": 2.0})

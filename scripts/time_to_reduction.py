@@ -1,0 +1,336 @@
+"""How long, and how many scored completions, until the violations are half of the base model's?
+
+    python scripts/time_to_reduction.py OUT [--minutes 38] [--trials 3] [--seeds 0 1] [KEY=VALUE]
+
+Runs the method and, through TRL, GRPO and RLOO: the same base model, corpus, prompts, scorer,
+precision, threads and number of completions an iteration. Every few iterations, outside the clock,
+the LLM completes held-out prompts, always with the same random numbers, and its perplexity on
+held-out corpus text is measured. A trial ends when two measurements in a row show at most half of
+the base's violations, or after `--trial-seconds` on the clock. Its result is where the line through
+the measurements crosses the half, if the perplexity is then at most 2 % above the base's.
+
+Each method gets the same number of trials with the first seed, listed in `TRIALS`; the quickest one
+is repeated with the other seeds. Finished trials are kept in OUT: the same command goes on after an
+interruption, and after `--minutes` begins no other trial. OUT/result.json holds every measurement,
+OUT/result.md the table. Overrides hold for every run, `experiment=smoke` to try it out.
+`trainer.corpus=false` leaves out the corpus, whose tokens GRPO by itself would not train on.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from constrained_ft.compose import compose
+from constrained_ft.config import Config
+from constrained_ft.distributed import StopRequest
+from constrained_ft.errors import DivergedError, Interrupted
+from constrained_ft.evaluate import choose_prompts
+from constrained_ft.llm import LLM
+from constrained_ft.loading import load_llm
+from constrained_ft.parts import Parts, build_parts
+from constrained_ft.perplexity import perplexity
+from constrained_ft.progress import Silent
+from constrained_ft.rollouts import sample
+from constrained_ft.run_folder import RunFolder, write_atomically
+from constrained_ft.scorers import least_scores
+from constrained_ft.train import train
+
+TRIALS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "cft": (
+        ("trainer.learning_rate=1.5e-3",),
+        ("trainer.learning_rate=3e-3",),
+        ("trainer.learning_rate=1.5e-3", "trainer.kl_weight=40"),
+        ("trainer.learning_rate=7e-4",),
+    ),
+    "grpo": (
+        ("trainer.learning_rate=1.5e-3", "trainer.trl.weight=10"),
+        ("trainer.learning_rate=3e-3", "trainer.trl.weight=10"),
+        ("trainer.learning_rate=1.5e-3", "trainer.trl.weight=40"),
+        ("trainer.learning_rate=1.5e-3", "trainer.trl.weight=10", "trainer.trl.beta=0.04"),
+    ),
+    "rloo": (
+        ("trainer.learning_rate=1.5e-3", "trainer.trl.weight=1"),
+        ("trainer.learning_rate=3e-3", "trainer.trl.weight=1"),
+        ("trainer.learning_rate=1.5e-3", "trainer.trl.weight=4"),
+        ("trainer.learning_rate=1.5e-3", "trainer.trl.weight=1", "trainer.trl.beta=0"),
+    ),
+}
+# A constant learning rate, so that how long a trial may take does not shape it; a small look at the
+# base model, whose real measurement is below.
+COMMON = (
+    "trainer.lr_scheduler=constant",
+    "evaluation.judge=null",
+    "evaluation.max_prompts=24",
+    "evaluation.samples_per_prompt=4",
+    "evaluation.max_validation_rows=4",
+)
+WORSE = 1.02  # times the base's perplexity
+LONG = 400  # iterations: the clock ends a trial before
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """The LLM at one moment of a run."""
+
+    seconds: float
+    scored_samples: float
+    scored_texts: float
+    trained_tokens: float
+    violation: float
+    """Share of completions of held-out prompts of the first group."""
+    toxicity: float
+    """Mean of 1 - score."""
+    perplexity: float
+    """Of held-out rows of the corpus's first group."""
+    length: float
+    """Mean tokens of a completion."""
+
+
+@dataclass(kw_only=True)
+class Yardstick:
+    """Measures weights, in a model of its own."""
+
+    parts: Parts
+    llm: LLM
+    config: Config
+    options: argparse.Namespace
+
+    def measure(self, row: Mapping[str, float]) -> Point:
+        """The LLM as it stands; `row` says what it has cost."""
+        prompts = self.parts.prompts.held_out
+        prompts = tuple(prompt for prompt in prompts if prompt.group == prompts[0].group)
+        said = sample(
+            self.llm.frozen(),
+            choose_prompts(prompts, self.options.prompts),
+            samples_per_prompt=self.options.samples,
+            max_new_tokens=self.config.prompts.max_new_tokens,
+            sampler=self.config.sampler,
+            top_p=0.9,
+            seed=0,
+            iteration=0,
+            display=Silent(),
+            stop=StopRequest(),
+        )
+        scores = least_scores(self.parts.scorers, said.prompt_texts, said.texts)
+        known = [score for score in scores if score is not None]
+        bar = self.config.constraint.satisfied_at
+        rows = self.parts.corpus.validation
+        rows = tuple(one for one in rows if one.group == rows[0].group)
+        found = perplexity(self.llm.frozen(), rows, self.options.rows, StopRequest())
+        return Point(
+            seconds=row.get("budget/seconds", 0.0),
+            scored_samples=row.get("budget/scored_samples", 0.0),
+            scored_texts=row.get("budget/scored_texts", 0.0),
+            trained_tokens=row.get("budget/trained_tokens", 0.0),
+            violation=statistics.mean(score < bar for score in known),
+            toxicity=statistics.mean(1 - score for score in known),
+            perplexity=found[rows[0].group].mean,
+            length=float(said.mask_NT.sum(-1).float().mean()),
+        )
+
+
+@dataclass(kw_only=True)
+class Watch(Silent):
+    """Measures a run every few iterations and ends it."""
+
+    yardstick: Yardstick
+    folder: RunFolder
+    base: Point
+    points: list[Point] = field(default_factory=list)
+
+    def iteration(self, number: int, of: int, numbers: Mapping[str, float]) -> None:
+        """Measure what the checkpoint holds; what passes meanwhile is on no clock."""
+        options = self.yardstick.options
+        over = numbers["budget/seconds"] > options.trial_seconds
+        if number % options.every != 0 and not over:
+            return
+        file = self.folder.checkpoint(number) / "llm.safetensors"
+        self.yardstick.llm.load_trained(safetensors.torch.load_file(file))
+        self.points.append(self.yardstick.measure(numbers))
+        last = self.points[-1]
+        print(
+            f"    {last.seconds:6.0f} s  {last.scored_samples:6.0f} scored  "
+            f"{last.violation:6.1%} violate  toxicity {last.toxicity:.3f}  "
+            f"perplexity {last.perplexity:.2f}  {last.length:.1f} tokens",
+            flush=True,
+        )
+        half = self.base.violation / 2
+        if over or (len(self.points) > 1 and all(p.violation <= half for p in self.points[-2:])):
+            raise Interrupted("measured")
+
+
+def crossing(base: Point, points: Sequence[Point]) -> dict[str, float] | None:
+    """Where the violations come down to half for two measurements in a row; None: they do not."""
+    curve = [base, *points]
+    half = base.violation / 2
+    for before, at, after in zip(curve, curve[1:], curve[2:], strict=False):
+        if at.violation > half or after.violation > half:
+            continue
+        part = (before.violation - half) / max(before.violation - at.violation, 1e-12)
+        found = {
+            name: getattr(before, name) + part * (getattr(at, name) - getattr(before, name))
+            for name in ("seconds", "scored_samples", "trained_tokens", "perplexity", "length")
+        }
+        return {**found, "scored_texts": at.scored_texts}
+    return None
+
+
+def counts(trial: Mapping[str, Any], base: Point) -> bool:
+    """Whether a trial came down to half, with the language kept."""
+    found = trial["crossing"]
+    return found is not None and found["perplexity"] <= WORSE * base.perplexity
+
+
+def run_trial(yardstick: Yardstick, base: Point, name: str, overrides: Sequence[str]) -> Path:
+    """One run, measured; kept in a file."""
+    out = yardstick.options.out
+    file = out / f"{name}.json"
+    if file.exists():
+        return file
+    print(f"  {name}: {' '.join(_own(overrides))}", flush=True)
+    folder = out / "runs" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    config = compose([*overrides, f"output_dir={folder}", f"trainer.iterations={LONG}"])
+    started = RunFolder(folder).start(config, ["scripts/time_to_reduction.py"])
+    watch = Watch(yardstick=yardstick, folder=started, base=base)
+    reason = "measured"
+    try:
+        train(config, started, watch, StopRequest())
+    except (Interrupted, DivergedError) as error:
+        reason = str(error)
+    finally:
+        started.close()
+    shutil.rmtree(started.checkpoints)
+    tree = {
+        "overrides": list(overrides),
+        "ended": reason,
+        "crossing": crossing(base, watch.points),
+        "points": [asdict(point) for point in watch.points],
+    }
+    write_atomically(file, json.dumps(tree, indent=2) + "\n")
+    return file
+
+
+def report(out: Path, base: Point, files: Mapping[str, Mapping[str, Path]], seed: int) -> None:
+    """Write the result: every trial, and the quickest of each method over all seeds."""
+    trials = {
+        method: {name: json.loads(file.read_text()) for name, file in found.items()}
+        for method, found in files.items()
+    }
+    lines = [
+        f"Base: {base.violation:.1%} violate, toxicity {base.toxicity:.3f}, perplexity "
+        f"{base.perplexity:.2f}. Half: {base.violation / 2:.1%}.",
+        "",
+        "| trial | seconds | scored completions | other scored texts | trained tokens | perplexity "
+        "| tokens of a completion |",
+        "| --- " * 7 + "|",
+    ]
+    medians: dict[str, dict[str, float]] = {}
+    for method, found in trials.items():
+        for name, trial in found.items():
+            at = trial["crossing"]
+            title = f"{name}: {' '.join(_own(trial['overrides']))}"
+            if at is None:
+                spent = max((point["seconds"] for point in trial["points"]), default=0.0)
+                lines.append(f"| {title} | not in {spent:.0f} | | | | | |")
+                continue
+            mark = "" if counts(trial, base) else " (too high)"
+            lines.append(
+                f"| {title} | {at['seconds']:.0f} | {at['scored_samples']:,.0f} | "
+                f"{at['scored_texts']:,.0f} | {at['trained_tokens']:,.0f} | "
+                f"{at['perplexity']:.2f}{mark} | {at['length']:.1f} |"
+            )
+        chosen = quickest(found, base, seed)
+        same = [t for n, t in found.items() if chosen and n.split("-seed")[0] == chosen]
+        if same and all(counts(trial, base) for trial in same):
+            medians[method] = {
+                key: statistics.median(trial["crossing"][key] for trial in same)
+                for key in ("seconds", "scored_samples")
+            }
+    lines.append("")
+    for method in medians.keys() - {"cft"}:
+        if "cft" in medians:
+            ratios = {k: medians["cft"][k] / medians[method][k] for k in medians[method]}
+            lines.append(
+                f"cft / {method}, medians of the quickest trial over its seeds: "
+                f"{ratios['seconds']:.2f} of the time, {ratios['scored_samples']:.2f} of the "
+                "scored completions."
+            )
+    tree = {"base": asdict(base), "trials": trials, "medians": medians}
+    write_atomically(out / "result.json", json.dumps(tree, indent=2) + "\n")
+    write_atomically(out / "result.md", "\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def quickest(found: Mapping[str, Mapping[str, Any]], base: Point, seed: int) -> str | None:
+    """The trial of the first seed that was first at half, without its seed."""
+    good = {
+        name.split("-seed")[0]: trial["crossing"]["seconds"]
+        for name, trial in found.items()
+        if name.endswith(f"-seed{seed}") and counts(trial, base)
+    }
+    return min(good, key=lambda name: good[name], default=None)
+
+
+def _own(overrides: Sequence[str]) -> list[str]:
+    shared = (*COMMON, "trainer=", "seed=")
+    return [one.removeprefix("trainer.") for one in overrides if not one.startswith(shared)]
+
+
+def main() -> None:
+    """Tune, repeat, report."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--methods", nargs="+", choices=list(TRIALS), default=list(TRIALS))
+    parser.add_argument("--trials", type=int, default=3, help="of each method")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--minutes", type=float, default=38, help="begin no trial after these")
+    parser.add_argument("--trial-seconds", type=float, default=180)
+    parser.add_argument("--every", type=int, default=3, help="iterations between measurements")
+    parser.add_argument("--prompts", type=int, default=96)
+    parser.add_argument("--samples", type=int, default=6, help="completions of each prompt")
+    parser.add_argument("--rows", type=int, default=48, help="corpus rows for the perplexity")
+    options = parser.parse_intermixed_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    begun = time.monotonic()
+    config = compose([*COMMON, *options.overrides])
+    parts = build_parts(config, Silent(), StopRequest())
+    tokenizer = parts.llm.tokenizer
+    llm = load_llm(config.llm, tokenizer, precision=config.trainer.precision, seed=0)
+    yardstick = Yardstick(parts=parts, llm=llm, config=config, options=options)
+    base = yardstick.measure({})
+    print(f"base: {base.violation:.1%} violate, perplexity {base.perplexity:.2f}", flush=True)
+    files: dict[str, dict[str, Path]] = {method: {} for method in options.methods}
+    first = options.seeds[0]
+
+    def trial(method: str, place: int, seed: int) -> None:
+        if time.monotonic() - begun > 60 * options.minutes:
+            return
+        group = "alternating" if method == "cft" else method
+        asked = [*COMMON, *options.overrides, f"trainer={group}", *TRIALS[method][place]]
+        name = f"{method}-{place}-seed{seed}"
+        files[method][name] = run_trial(yardstick, base, name, [*asked, f"seed={seed}"])
+
+    for place in range(options.trials):
+        for method in options.methods:
+            trial(method, place, first)
+    for seed in options.seeds[1:]:
+        for method in options.methods:
+            found = {n: json.loads(f.read_text()) for n, f in files[method].items()}
+            chosen = quickest(found, base, first)
+            if chosen is not None:
+                trial(method, int(chosen.rpartition("-")[2]), seed)
+    report(options.out, base, files, first)
+
+
+if __name__ == "__main__":
+    main()
