@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
 FRONT = ROOT / "docs" / "results_front.svg"
 CFT = [sys.executable, "-m", "constrained_ft.cli.main"]
-ITERATIONS = 64
+ITERATIONS = 48
 MEASURE = ["--samples-per-prompt", "26", "--max-prompts", "160"]
 
 
@@ -115,7 +115,7 @@ MAIN = (
 )
 OTHERS = (
     Method(name="overlapped", overrides=("trainer=overlapped",), note="cft, the other schedule"),
-    Method(name="grpo", overrides=("trainer=grpo",), note="TRL"),
+    Method(name="grpo", overrides=("trainer=grpo", "trainer.trl.weight=10"), note="TRL"),
     Method(name="rloo", overrides=("trainer=rloo",), note="TRL"),
     Method(name="kto", overrides=("trainer=kto",), note="TRL"),
     Method(name="lambda-4", overrides=("trainer.kl_weight=4",)),
