@@ -33,6 +33,7 @@ PAGE = ROOT / "docs" / "results.md"
 FRONT = ROOT / "docs" / "results_front.svg"
 CFT = [sys.executable, "-m", "constrained_ft.cli.main"]
 ITERATIONS = 48
+GLANCE = ["evaluation.max_prompts=16", "evaluation.samples_per_prompt=4"]
 MEASURE = ["--samples-per-prompt", "26", "--max-prompts", "160"]
 
 
