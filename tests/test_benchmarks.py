@@ -1,6 +1,7 @@
 """Utility benchmarks, against lm-eval's own model on the same items."""
 
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -190,7 +191,7 @@ def test_a_context_is_read_once_and_the_likeliest_token_is_greedy() -> None:
 
 def test_measuring_stops_when_asked_to() -> None:
     stop = StopRequest()
-    stop.signal_name = "SIGINT"
+    stop._signal = signal.SIGINT
     with pytest.raises(Interrupted):
         loglikelihoods(sharp("llama").frozen(), [[1]], [[2]], stop, lambda _: None)
 
