@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from constrained_ft.distributed import StopRequest
+from constrained_ft.errors import ModelError
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.packing import Tree
 
@@ -65,9 +66,16 @@ def loglikelihoods(
         advance: told how many continuations are done.
 
     Raises:
+        ModelError: when a continuation alone is longer than the model's context.
         Interrupted: when asked to stop.
     """
     asked = [tuple(ids) for ids in continuations]
+    longest = max(map(len, asked), default=0)
+    if llm.context_length is not None and longest > llm.context_length:
+        raise ModelError(
+            f"a choice of {longest} tokens does not fit into the model's context of "
+            f"{llm.context_length}; leave the benchmark out, or take a model with a longer context"
+        )
     found: dict[int, Likelihood] = {}
     for batch in _batches(_stems(contexts, asked, llm.context_length)):
         stop.check()
@@ -85,7 +93,8 @@ def _stems(
     stems: dict[tuple[int, ...], _Stem] = {}
     for place, (context, continuation) in enumerate(zip(contexts, asked, strict=True)):
         read = continuation[:-1]
-        room = None if longest is None else max(1, longest - len(read))
+        # The last token is not read, so there is room for one of the context at least.
+        room = None if longest is None else longest - len(read)
         kept = tuple(context) if room is None else tuple(context[-room:])
         stem = stems.setdefault(kept, _Stem(context=kept))
         stem.places.append(place)

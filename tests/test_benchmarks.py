@@ -27,7 +27,7 @@ from constrained_ft.benchmarks.tasks import check_names, left_out, load_benchmar
 from constrained_ft.cli.main import main
 from constrained_ft.compare import evaluate_command
 from constrained_ft.distributed import StopRequest
-from constrained_ft.errors import ConfigError, DataError, Interrupted
+from constrained_ft.errors import ConfigError, DataError, Interrupted, ModelError
 from constrained_ft.intervals import bootstrap, bootstrap_of_groups
 from constrained_ft.llm import LLM
 from constrained_ft.loglikelihood import loglikelihoods
@@ -187,6 +187,16 @@ def test_a_context_is_read_once_and_the_likeliest_token_is_greedy() -> None:
     assert [one.greedy for one in found] == [True] + [False] * len(others)
     assert found[1].log == pytest.approx(float(logs[others[0]]), abs=1e-4)
     assert sum(told) == len(found)
+
+
+def test_a_choice_longer_than_the_context_has_no_likelihood() -> None:
+    llm = sharp("llama").frozen()
+    assert llm.context_length is not None
+    too_long = [1] * (llm.context_length + 1)
+    with pytest.raises(ModelError, match="a choice of 257 tokens does not fit"):
+        loglikelihoods(llm, [[1]], [too_long], StopRequest(), lambda _: None)
+    (fits,) = loglikelihoods(llm, [[1]], [too_long[1:]], StopRequest(), lambda _: None)
+    assert fits.log < 0
 
 
 def test_measuring_stops_when_asked_to() -> None:
