@@ -18,11 +18,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from small import small_config, tiny_llm
 
-from constrained_ft import evaluate, paired
+from constrained_ft import paired, results
+from constrained_ft.benchmark_results import BenchmarkResult, benchmark_rows, mean_score
 from constrained_ft.benchmarks import tasks
 from constrained_ft.benchmarks.harness import _Model, measure
 from constrained_ft.benchmarks.items import parse_item, read_items
-from constrained_ft.benchmark_results import BenchmarkResult, benchmark_rows, mean_score
 from constrained_ft.benchmarks.tasks import check_names, left_out, load_benchmarks
 from constrained_ft.cli.main import main
 from constrained_ft.compare import evaluate_command
@@ -401,6 +401,6 @@ def test_models_are_compared_on_the_same_items(
     assert tree["settings"]["benchmark_limit"] == 10
     assert tree["models"][0]["benchmark_mean"]["mean"] == mean_score(one.benchmarks).mean
     assert tree["models"][1]["benchmarks"]["piqa"]["by_item"] == two.benchmarks["piqa"].by_item
-    assert evaluate.load(tmp_path / "out.json") == found
+    assert results.load(tmp_path / "out.json") == found
     _, rows = paired.table(paired.differences(found))
     assert rows[-1][0] == "mean of 2 benchmarks: tiny:gpt2 - tiny:llama"
