@@ -29,8 +29,6 @@ _ALL_PAIRS = 4  # models; of more each is compared with the first only
 class Difference:
     """What was measured of one model minus what was measured of another."""
 
-    measure: Literal["violations", "benchmarks"]
-    """The share of violations over the prompts of a group, or the mean score of benchmarks."""
     group: str
     """Of prompts, or the number of benchmarks."""
     model: str
@@ -39,6 +37,8 @@ class Difference:
     """Prompts, or items of all benchmarks."""
     difference: Interval
     p_value: float
+    measure: Literal["violations", "benchmarks"] = "violations"
+    """The share of violations over the prompts of a group, or the mean score of benchmarks."""
 
 
 def differences(evaluations: Sequence[Evaluation]) -> list[Difference]:
@@ -57,7 +57,6 @@ def differences(evaluations: Sequence[Evaluation]) -> list[Difference]:
             values = np.array([mine[prompt] - theirs[prompt] for prompt in shared])
             found.append(
                 Difference(
-                    measure="violations",
                     group=name,
                     model=one.model,
                     other=other.model,

@@ -190,7 +190,7 @@ def test_a_context_is_read_once_and_the_likeliest_token_is_greedy() -> None:
 
 
 def test_a_choice_longer_than_the_context_has_no_likelihood() -> None:
-    llm = sharp("llama").frozen()
+    llm = tiny_llm().frozen()
     assert llm.context_length is not None
     too_long = [1] * (llm.context_length + 1)
     with pytest.raises(ModelError, match="a choice of 257 tokens does not fit"):
