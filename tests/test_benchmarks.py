@@ -291,7 +291,7 @@ class OtherTasks:
     """Stands for lm-eval's index, which takes seconds to read."""
 
     def __init__(self, include_path: Path | None = None, include_defaults: bool = True) -> None:  # noqa: FBT001, FBT002
-        self.all_tasks = ["winogrande", "gsm8k", "toxic_tasks"]
+        self.all_tasks = ["winogrande", "gsm8k", "toxic_tasks", "pisa"]
 
     def load(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         if names == ["winogrande"]:

@@ -103,7 +103,7 @@ def left_out(benchmarks: Sequence[Benchmark]) -> str | None:
 def _load(manager: Any, name: str) -> Benchmark:
     own = name.removeprefix(_THEIRS)
     if own not in manager.all_tasks:
-        near = closest(own, [*packaged(), *manager.all_tasks])
+        near = closest(own, packaged()) or closest(own, manager.all_tasks)
         raise ConfigError(
             f"evaluation.benchmarks: there is no benchmark {name}; "
             + (f"did you mean {near}? " if near else "")
