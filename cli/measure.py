@@ -47,6 +47,16 @@ def evaluate(
     best_of: Annotated[
         int, typer.Option(min=1, help="Also measure the best of so many completions, of each run.")
     ] = 1,
+    benchmarks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Also measure accuracy on these: all, mmlu, piqa, ... (docs/evaluation.md).",
+        ),
+    ] = None,
+    benchmark_limit: Annotated[
+        int | None, typer.Option(min=0, help="Items of each benchmark; 0: all.")
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Measure satisfaction, a judge that training never saw, and what became of the language."""
@@ -65,6 +75,8 @@ def evaluate(
             evaluation=evaluation,
             guided=guided,
             best_of=best_of,
+            benchmarks=None if benchmarks is None else _names(benchmarks),
+            benchmark_limit=benchmark_limit,
             seed=seed,
             display=display,
         )
@@ -131,6 +143,11 @@ def selfcheck() -> None:
     if not holds:
         settings.complain("a claim does not hold on this machine")
         raise typer.Exit(1)
+
+
+def _names(listed: str) -> list[str]:
+    """Names between commas."""
+    return [name for part in listed.split(",") if (name := part.strip())]
 
 
 def _read_prompts(file: Path) -> list[str]:

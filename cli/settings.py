@@ -77,6 +77,7 @@ class Settings:
             "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+            "TQDM_DISABLE": "1",
         }.items():
             os.environ.setdefault(name, value)
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from constrained_ft import evaluate, metrics, paired, results
 from constrained_ft.auxiliary import FrozenAuxiliary
+from constrained_ft.benchmarks.tasks import check_names, left_out, load_benchmarks
 from constrained_ft.compose import compose
 from constrained_ft.config import Config
 from constrained_ft.corpus import load_corpus
@@ -64,6 +65,8 @@ def evaluate_command(  # noqa: PLR0913
     evaluation: str | None = None,
     guided: bool = False,
     best_of: int = 1,
+    benchmarks: Sequence[str] | None = None,
+    benchmark_limit: int | None = None,
     seed: int,
     display: Display,
 ) -> list[Evaluation]:
@@ -78,13 +81,15 @@ def evaluate_command(  # noqa: PLR0913
         evaluation: an option of the group `evaluation`; None takes the first run's section.
         guided: a further column for each run: its model with its auxiliary guiding every token.
         best_of: above 1 a further column for each run: the best of so many completions.
+        benchmarks: what the accuracy is measured on; None takes the configured ones.
+        benchmark_limit: items of each; 0 takes all, None the configured number.
         seed: of the samples.
         display: what people watch.
 
     Raises:
-        ConfigError: when a run is not finished, the option is unknown, or the output cannot be
-            written.
-        DataError: when the prompts or the corpus cannot be used.
+        ConfigError: when a run is not finished, the option or a benchmark is unknown, or the output
+            cannot be written.
+        DataError: when the prompts, the corpus or a benchmark's data cannot be used.
         ModelError: when a model is missing.
         ScorerError: when a score is missing or invalid.
     """
@@ -93,6 +98,8 @@ def evaluate_command(  # noqa: PLR0913
     runs = {target: run for target in targets if (run := find_run(target)) is not None}
     config = _settings(runs, evaluation, seed)
     config = _resized(config, max_prompts, samples_per_prompt, prompts_file)
+    config = _with_benchmarks(config, benchmarks, benchmark_limit)
+    check_names(config.evaluation.benchmarks)
     subjects = _subjects(targets, runs, guided=guided, best_of=best_of)
     for note in _warnings(config, runs, prompts_file):
         display.note(note)
@@ -101,6 +108,9 @@ def evaluate_command(  # noqa: PLR0913
     judges = {name: probed(one.scorer) for name, one in config.evaluation.all_judges().items()}
     if config.evaluation.self_bleu:
         require_sacrebleu()
+    asked = load_benchmarks(config.evaluation.benchmarks)
+    if (rows := left_out(asked)) is not None:
+        display.note(rows)
     other = config.evaluation.fluency_model
     fluent = None if other is None else model_at(other).load()
     kept: dict[int, FrozenLLM] = {}
@@ -127,6 +137,7 @@ def evaluate_command(  # noqa: PLR0913
                 other=fluent,
                 guide=_guide(subject, llm),
                 best_of=subject.best_of,
+                benchmarks=asked,
                 model=subject.name,
                 base=base if base is not None and _same_tokens(llm, base) else None,
                 display=display,
@@ -184,6 +195,19 @@ def _resized(
     changes: dict[str, object] = {"max_prompts": max_prompts}
     if samples_per_prompt is not None:
         changes["samples_per_prompt"] = samples_per_prompt
+    evaluation = config.evaluation.model_copy(update=changes)
+    return config.model_copy(update={"evaluation": evaluation})
+
+
+def _with_benchmarks(
+    config: Config, benchmarks: Sequence[str] | None, benchmark_limit: int | None
+) -> Config:
+    """With the benchmarks that the command line gives."""
+    changes: dict[str, object] = {}
+    if benchmarks is not None:
+        changes["benchmarks"] = tuple(benchmarks)
+    if benchmark_limit is not None:
+        changes["benchmark_limit"] = benchmark_limit
     evaluation = config.evaluation.model_copy(update=changes)
     return config.model_copy(update={"evaluation": evaluation})
 

@@ -488,6 +488,11 @@ class EvaluationConfig(Section):
     perplexity of what is sampled under it too."""
     max_validation_rows: int = Field(gt=0)
     """Held-out corpus rows used for perplexity, of each group."""
+    benchmarks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness whose accuracy `cft evaluate` measures (needs the extra
+    `eval`): `all` that are packaged, some of them by name, or any that lm-eval finds on the hub."""
+    benchmark_limit: int = Field(default=250, ge=0)
+    """Items of each benchmark, the first in the order of a hash; 0: all."""
 
     @model_validator(mode="after")
     def _names_differ(self) -> "EvaluationConfig":

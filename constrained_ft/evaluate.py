@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from constrained_ft.benchmark_results import BenchmarkResult
+from constrained_ft.benchmarks.tasks import Benchmark
 from constrained_ft.config import Config
 from constrained_ft.decoding import Guide
 from constrained_ft.distributed import StopRequest, World, pack, unpack
@@ -44,6 +46,7 @@ def evaluate(  # noqa: PLR0913
     other: FrozenLLM | None = None,
     guide: Guide | None = None,
     best_of: int = 1,
+    benchmarks: Sequence[Benchmark] = (),
     display: Display,
     stop: StopRequest,
     world: World | None = None,
@@ -62,6 +65,7 @@ def evaluate(  # noqa: PLR0913
         other: `evaluation.fluency_model`.
         guide: guided decoding; what concerns the LLM alone is left out then.
         best_of: so many completions are sampled for each that counts, the one with the best score.
+        benchmarks: what the accuracy is measured on, of the LLM alone.
         display: advanced by completions.
         stop: polled between batches.
         world: who shares the work; every rank gets all results. None is this process alone.
@@ -138,6 +142,11 @@ def evaluate(  # noqa: PLR0913
             name: said_perplexity(reader, rollouts, stop, world) for name, reader in readers.items()
         },
         perplexity=perplexity(llm, validation, per_group, stop, world) if guide is None else {},
+        benchmarks=(
+            _on_benchmarks(llm, benchmarks, config, model, display, stop)
+            if guide is None and best_of == 1
+            else {}
+        ),
         kl_to_base=None if base is None or guide else kl_to_base(llm, base, rollouts, world),
         quantiles=_quantiles(scores[: len(scorers)]),
         seconds_per_score=seconds[0],
@@ -153,6 +162,22 @@ def choose_prompts(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
         members = sorted((p for p in prompts if p.group == group), key=lambda prompt: prompt.id)
         chosen += members[:count]
     return chosen
+
+
+def _on_benchmarks(
+    llm: FrozenLLM,
+    benchmarks: Sequence[Benchmark],
+    config: Config,
+    model: str,
+    display: Display,
+    stop: StopRequest,
+) -> dict[str, BenchmarkResult]:
+    if not benchmarks:
+        return {}
+    from constrained_ft.benchmarks.harness import measure  # lm-eval is an extra
+
+    limit = config.evaluation.benchmark_limit
+    return measure(llm, benchmarks, limit, model=model, display=display, stop=stop)
 
 
 def _best_rows(scores: Sequence[Sequence[float | None]], best_of: int) -> list[int]:

@@ -38,6 +38,16 @@ def bootstrap(values: Sequence[float] | NDArray[np.generic], seed: int = 0) -> I
     return Interval(mean=float(array.mean()), low=float(low), high=float(high))
 
 
+def bootstrap_of_groups(groups: Sequence[NDArray[np.float64]], seed: int = 0) -> Interval:
+    """Mean of the means of several groups of independent values, each resampled by itself."""
+    rng = np.random.default_rng(seed)
+    draws = [rng.integers(len(group), size=(_RESAMPLES, len(group))) for group in groups]
+    resampled = [group[draw].mean(axis=1) for group, draw in zip(groups, draws, strict=True)]
+    low, high = np.quantile(np.mean(resampled, axis=0), [0.025, 0.975])
+    mean = float(np.mean([group.mean() for group in groups]))
+    return Interval(mean=mean, low=float(low), high=float(high))
+
+
 def ratio_perplexity(losses: np.ndarray, counts: np.ndarray) -> Interval:
     """exp(sum of losses / sum of tokens) and its bootstrap over rows."""
     draws = np.random.default_rng(0).integers(len(losses), size=(_RESAMPLES, len(losses)))

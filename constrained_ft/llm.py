@@ -100,6 +100,13 @@ class FrozenLLM:
         return found
 
     @property
+    def context_length(self) -> int | None:
+        """The longest sequence the model takes, in tokens; None where no limit is known."""
+        config = self._llm.module.config.get_text_config()
+        length: int | None = getattr(config, "max_position_embeddings", None)
+        return length
+
+    @property
     def packs(self) -> bool:
         """Whether sequences can lie side by side in a row."""
         return self._llm.packs

@@ -1,8 +1,8 @@
 """Two models on the same prompts, with the same random numbers: how far apart, and is that chance?
 
-The difference of each prompt is one observation. Its mean has a bootstrap interval over prompts;
-the p-value is that of the sign-flip permutation test: were both models alike, every difference
-would be as likely with the other sign.
+The difference of each prompt, or of each item of a benchmark, is one observation. Its mean has a
+bootstrap interval over them; the p-value is that of the sign-flip permutation test: were both
+models alike, every difference would be as likely with the other sign.
 """
 
 import json
@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from constrained_ft.intervals import Interval, bootstrap
+from constrained_ft.benchmark_results import item_differences
+from constrained_ft.intervals import Interval, bootstrap, bootstrap_of_groups
 from constrained_ft.results import Evaluation
 
 _FLIPS = 9999
@@ -26,18 +27,22 @@ _ALL_PAIRS = 4  # models; of more each is compared with the first only
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The share of violations of one model minus that of another, over the prompts of a group."""
+    """What was measured of one model minus what was measured of another."""
 
     group: str
+    """Of prompts, or the number of benchmarks."""
     model: str
     other: str
     prompts: int
+    """Prompts, or items of all benchmarks."""
     difference: Interval
     p_value: float
+    measure: Literal["violations", "benchmarks"] = "violations"
+    """The share of violations over the prompts of a group, or the mean score of benchmarks."""
 
 
 def differences(evaluations: Sequence[Evaluation]) -> list[Difference]:
-    """Every pair of up to four models; of more, each and the first. Prompts that both have."""
+    """Every pair of up to four models; of more, each and the first. What both were asked."""
     pairs = list(combinations(evaluations, 2))
     if len(evaluations) > _ALL_PAIRS:
         pairs = [(evaluations[0], one) for one in evaluations[1:]]
@@ -60,7 +65,27 @@ def differences(evaluations: Sequence[Evaluation]) -> list[Difference]:
                     p_value=sign_flip(values),
                 )
             )
+        found += _of_benchmarks(one, other)
     return found
+
+
+def _of_benchmarks(one: Evaluation, other: Evaluation) -> list[Difference]:
+    """Each benchmark has the same weight, however many items it has."""
+    parts = item_differences(one.benchmarks, other.benchmarks)
+    if not parts:
+        return []
+    weighted = [values / (len(values) * len(parts)) for values in parts]
+    return [
+        Difference(
+            measure="benchmarks",
+            group=str(len(parts)),
+            model=one.model,
+            other=other.model,
+            prompts=sum(map(len, parts)),
+            difference=bootstrap_of_groups(parts),
+            p_value=sign_flip(np.concatenate(weighted)),
+        )
+    ]
 
 
 def sign_flip(values: NDArray[np.float64], seed: int = 0) -> float:
@@ -90,10 +115,11 @@ def load(path: Path) -> list[Difference]:
 
 def table(found: Sequence[Difference]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for people."""
-    columns = ["violations, difference", "prompts", "points", "p"]
+    columns = ["difference", "prompts", "points", "p"]
+    titles = {"violations": "violations, {}", "benchmarks": "mean of {} benchmarks"}
     return columns, [
         [
-            f"{one.group}: {one.model} - {one.other}",
+            f"{titles[one.measure].format(one.group)}: {one.model} - {one.other}",
             str(one.prompts),
             f"{100 * one.difference.mean:+.1f} "
             f"({100 * one.difference.low:+.1f} to {100 * one.difference.high:+.1f})",

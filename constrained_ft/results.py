@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from constrained_ft.benchmark_results import BenchmarkResult, benchmark_rows, mean_score
 from constrained_ft.config import Config
 from constrained_ft.intervals import Interval
 from constrained_ft.run_folder import write_atomically
@@ -84,6 +85,8 @@ class Evaluation:
     scorer: str
     judges: dict[str, str]
     """Name and version of each."""
+    benchmarks: dict[str, BenchmarkResult] = field(default_factory=dict)
+    """Accuracy on `evaluation.benchmarks`, by name; training measures none."""
 
 
 def save(
@@ -116,10 +119,13 @@ def save(
         "judges": evaluations[0].judges,
         "judges_satisfied_at": {n: j.satisfied_at for n, j in measured.all_judges().items()},
         "fluency_model": measured.fluency_model,
+        "benchmarks": measured.benchmarks,
+        "benchmark_limit": measured.benchmark_limit,
     }
     models = [asdict(one) for one in evaluations]
-    for model in models:
+    for model, one in zip(models, evaluations, strict=True):
         del model["seconds_per_score"]
+        model["benchmark_mean"] = asdict(mean_score(one.benchmarks)) if one.benchmarks else None
     tree = {
         "settings": settings,
         "models": models,
@@ -160,6 +166,7 @@ def table(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]
         under = "the base" if name == "base" else "another model"
         cells = [one.said_perplexity[name].plain() for one in evaluations]
         add(f"perplexity of completions under {under}", cells)
+    rows += benchmark_rows([one.benchmarks for one in evaluations])
     kls = ["–" if one.kl_to_base is None else f"{one.kl_to_base:.3f}" for one in evaluations]
     add("KL to the base, nats a token", kls)
     return columns, rows

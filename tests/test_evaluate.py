@@ -218,7 +218,7 @@ def test_differences_are_those_of_the_prompts(wide: dict[str, Any]) -> None:
     assert found["prompts"] == len(values)
     assert found["p_value"] == sign_flip(values)
     _, rows = paired.table(paired.differences(wide["read"]))
-    assert rows[0][0] == f"{found['group']}: tuned - base"
+    assert rows[0][0] == f"violations, {found['group']}: tuned - base"
 
 
 def test_a_model_that_is_not_the_base_reads_what_was_said(wide: dict[str, Any]) -> None:

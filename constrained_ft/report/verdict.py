@@ -104,7 +104,11 @@ def measures(
     base: Evaluation, tuned: Evaluation, differences: Sequence[Difference]
 ) -> list[Measure]:
     """Violations and judges of every group of prompts, perplexity of every group of text."""
-    paired = {one.group: one for one in differences if one.other == base.model}
+    paired = {
+        one.group: one
+        for one in differences
+        if one.other == base.model and one.measure == "violations"
+    }
     found: list[Measure] = []
     for name, before in base.groups.items():
         after = tuned.groups.get(name)
