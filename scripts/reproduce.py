@@ -66,7 +66,7 @@ class Cell:
     def train(self, root: Path) -> list[str]:
         """Arguments of `cft`."""
         where = f"output_dir={root / self.name}"
-        words = [*SCENARIOS[self.scenario], *self.method.overrides]
+        words = [*SCENARIOS[self.scenario], *self.method.overrides, *GLANCE]
         return [
             "train",
             where,
@@ -114,6 +114,7 @@ MAIN = (
     FILTERED,
     Method(name="rejection", overrides=("trainer=rejection",), seeds=3),
 )
+BENCHMARKED = (CFT_ROW, PLAIN, FILTERED)
 OTHERS = (
     Method(name="overlapped", overrides=("trainer=overlapped",), note="cft, the other schedule"),
     Method(name="grpo", overrides=("trainer=grpo", "trainer.trl.weight=10"), note="TRL"),
@@ -174,6 +175,21 @@ def run(root: Path, only: str, deadline: float) -> None:
                 continue
         if cell.measured(root) is None:
             _cft(cell.measure(root), root / cell.name)
+    if not only and time.monotonic() < deadline:
+        measure_benchmarks(root)
+
+
+def measure_benchmarks(root: Path) -> None:
+    """Accuracy of the base model and of the first seed's main methods, once all are trained."""
+    output = root / "toxic" / "benchmarks.json"
+    main_cells = [Cell(scenario="toxic", method=method, seed=0) for method in BENCHMARKED]
+    if not output.exists() and all(cell.is_trained(root) for cell in main_cells):
+        folders = [str(root / cell.name) for cell in main_cells]
+        few = ["--max-prompts", "2", "--samples-per-prompt", "2"]
+        _cft(
+            ["evaluate", *folders, "--benchmarks", "all", *few, "--output", str(output)],
+            output.with_suffix(""),
+        )
 
 
 def _cft(arguments: Sequence[str], folder: Path) -> bool:
@@ -316,10 +332,41 @@ def render(root: Path) -> None:
         if scenario == "toxic":
             plot(rows, FRONT)
             lines += [f"![toxic share against perplexity]({FRONT.name})", ""]
+            lines += [*_benchmarks(root), ""]
     lines += ["## What a cell costs", "", *_costs(root), ""]
     lines += ["## Every cell", "", *_commands(root)]
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(PAGE)
+
+
+def _benchmarks(root: Path) -> Iterator[str]:
+    file = root / "toxic" / "benchmarks.json"
+    if not file.exists():
+        return
+    tree = json.loads(file.read_text(encoding="utf-8"))
+    models = tree["models"]
+    labels = ["base", *(method.name for method in BENCHMARKED)]
+    called = dict(zip([model["model"] for model in models], labels, strict=True))
+    names = list(models[0]["benchmarks"])
+    yield "Accuracy, 250 items each, 95 % intervals over items (`cft evaluate --benchmarks all`):"
+    yield ""
+    yield f"| | {' | '.join(names)} | mean |"
+    yield "|" + " --- |" * (len(names) + 2)
+    for label, model in zip(labels, models, strict=True):
+        # The last metric is the benchmark's score.
+        shown = [[*model["benchmarks"][name]["metrics"].values()][-1] for name in names]
+        cells_ = [f"{100 * one['mean']:.1f}" for one in shown]
+        mean = model["benchmark_mean"]
+        whole = f"{100 * mean['mean']:.1f} ({100 * mean['low']:.1f}–{100 * mean['high']:.1f})"
+        yield f"| {label} | {' | '.join(cells_)} | {whole} |"
+    yield ""
+    for one in tree["differences"]:
+        if one["measure"] == "benchmarks":
+            points = [100 * one["difference"][part] for part in ("mean", "low", "high")]
+            yield (
+                f"- {called[one['model']]} against {called[one['other']]}, the same items: "
+                f"{points[0]:+.1f} points ({points[1]:+.1f} to {points[2]:+.1f})"
+            )
 
 
 def _costs(root: Path) -> Iterator[str]:
