@@ -23,6 +23,7 @@ from constrained_ft.cli import (
     report,
     runs,
     score,
+    serve,
 )
 from constrained_ft.cli.settings import settings
 from constrained_ft.errors import CftError
@@ -77,6 +78,7 @@ app.add_typer(data.app, name="data")
 app.command()(doctor.doctor)
 app.command()(explain.explain)
 app.command()(chat.chat)
+app.command()(serve.serve)
 app.command()(export.export)
 app.command()(measure.selfcheck)
 

@@ -272,8 +272,12 @@ class FrozenAuxiliary:
         logits_NT = self.table.logits_of(evidence.factors_NTR, evidence.offset_NT, rollouts.ids_NT)
         return logits_NT.sigmoid()
 
-    def guide(self) -> Guide:
-        """For guided decoding: log R of every next token after the tokens so far."""
+    def guide(self, strength: float = 1.0) -> Guide:
+        """For guided decoding: log R of every next token after the tokens so far, times `strength`.
+
+        Samples then come from q ∝ p R^strength, token by token: 0 is p, 1 the target q*, and more
+        demands more than the constraint did.
+        """
 
         @torch.no_grad()
         def log_satisfaction(hidden_BTD: Tensor, past_BT: Tensor) -> Tensor:
@@ -282,7 +286,7 @@ class FrozenAuxiliary:
             mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
             evidence: Evidence = self._module(self.table, hidden_BTD, ids_BT, mask_BT)
             u_BV = self.table.logits(evidence.factors_NTR[:, -1], evidence.offset_NT[:, -1])
-            return F.logsigmoid(u_BV)
+            return strength * F.logsigmoid(u_BV)
 
         return log_satisfaction
 

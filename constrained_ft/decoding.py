@@ -8,7 +8,7 @@ each row one uniform number; rows that have ended are taken out; the hidden stat
 token are kept.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,10 @@ _TOP_K = 128  # tokens looked at first for a nucleus
 _RETIRE_AT = 0.75  # rows that ended are taken out, a copy of the cache, at this share of the rest
 
 Guide = Callable[[Tensor, Tensor], Tensor]
-"""Hidden states [B, t + 1, D] and completion tokens [B, t] so far -> log R of every next token."""
+"""Hidden states [B, t + 1, D] and completion tokens [B, t] so far -> what is added to the logits.
+
+That is log R of every next token, or a multiple of it.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,23 @@ def decode(
         guide: its log R is added to the log-probabilities.
         top_p: sample from the fewest tokens with this much probability; 1 is no truncation.
     """
+    *_, whole = decode_token_by_token(llm, prompts, uniforms_BT, guide=guide, top_p=top_p)
+    return whole
+
+
+@torch.no_grad()
+def decode_token_by_token(
+    llm: FrozenLLM,
+    prompts: Sequence[Sequence[int]],
+    uniforms_BT: Float[Tensor, "B T"],
+    *,
+    guide: Guide | None = None,
+    top_p: float = 1.0,
+) -> Iterator[Decoded]:
+    """What `decode` returns as it grows: the completions so far, after every token.
+
+    They are views of the same tensors; an iterator that is closed decodes no further.
+    """
     rows, steps = uniforms_BT.shape
     repeats = rows // len(prompts)
     end = llm.tokenizer.eos_token_id
@@ -80,6 +100,11 @@ def decode(
         token_G = inverse_cdf(probs_GV, uniforms_BT[going_G, step])
         ids_BT[going_G, step] = token_G
         mask_BT[going_G, step] = alive_G
+        yield Decoded(
+            ids_BT=ids_BT[:, : step + 1],
+            mask_BT=mask_BT[:, : step + 1],
+            hidden_BTD=hidden_BTD[:, : step + 1],
+        )
         if end is not None:
             alive_G = alive_G & (token_G != end)
         count = int(alive_G.sum())
@@ -93,11 +118,6 @@ def decode(
         mask_GL = torch.cat([mask_GL, mask_GL.new_ones(len(mask_GL), 1)], 1)
         llm.slots.add(count, len(token_G))
         hidden_GD, cache = llm.read(token_G[:, None], mask_GL, cache)
-    return Decoded(
-        ids_BT=ids_BT[:, : step + 1],
-        mask_BT=mask_BT[:, : step + 1],
-        hidden_BTD=hidden_BTD[:, : step + 1],
-    )
 
 
 def _can_select(cache: object) -> bool:

@@ -177,7 +177,7 @@ def explain_command(
                 name=names[target],
                 auxiliary=auxiliary.kind,
                 constraint=" and ".join(scorer.name for scorer in scorers),
-                meaning=_meaning(run.config()),
+                meaning=meaning(run.config()),
                 texts=tuple(found),
             )
         )
@@ -376,7 +376,7 @@ def _legend(run: ExplainedRun) -> tuple[str, ...]:
     )
 
 
-def _meaning(config: Config) -> str:
+def meaning(config: Config) -> str:
     """What R is the expectation of."""
     labels = {term.labels for term in config.constraint.all_terms().values()}
     match labels:
