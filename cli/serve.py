@@ -43,8 +43,8 @@ def serve(
     from constrained_ft.cli.display import make_display
 
     try:
-        import uvicorn
         import starlette  # noqa: F401
+        import uvicorn
     except ImportError as error:
         raise ModelError(
             f"cft serve needs starlette and uvicorn: pip install 'constrained-ft[serve]' ({error})"

@@ -24,8 +24,8 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from constrained_ft.errors import CftError
-from constrained_ft.explain import Token, Word, legend
-from constrained_ft.explain_page import choices, percent, strength
+from constrained_ft.explain import Token, Word, legend, odds
+from constrained_ft.explain_page import choices, percent, shown, strength
 from constrained_ft.serve.access import Access, Rules, refusal
 from constrained_ft.serve.explorer import (
     LONGEST_PROMPT,
@@ -194,6 +194,7 @@ def _word(word: Word) -> dict[str, object]:
         "text": word.text,
         "evidence": word.evidence,
         "share": strength(word.evidence),
+        "odds": odds(word.evidence),
         "satisfaction": word.satisfaction,
         "tokens": [_token(token) for token in word.tokens],
     }
@@ -201,9 +202,8 @@ def _word(word: Word) -> dict[str, object]:
 
 def _token(token: Token) -> dict[str, object]:
     return {
-        "text": token.text,
+        "shown": shown(token.text),
         "evidence": token.evidence,
-        "satisfaction": token.satisfaction,
         "p": percent(token.said.p),
         "q": percent(token.said.q),
         "model": choices(token.of_model, target=False),
