@@ -5,10 +5,11 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from scipy import stats
-from small import SHAPES, prompt, tiny_llm
+from small import LENGTH, LETTERS, SHAPES, TABLE, prompt, tiny_llm
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TopPLogitsWarper
 
@@ -28,6 +29,7 @@ from constrained_ft.resources import resolve_model
 from constrained_ft.rollouts import Rollouts, completion_hidden_states, label, sample
 from constrained_ft.scorer_config import LettersScorerConfig
 from constrained_ft.scorers import build_scorer
+from constrained_ft.tabular import table_llm
 
 PROMPTS = [prompt(text) for text in ("the cat sat", "a", "on and on it went, until")]
 SURE = 1e-4  # chance that a right sampler fails a test
@@ -417,3 +419,33 @@ def test_one_prompt_has_one_state_for_its_first_token() -> None:
     for index in range(len(PROMPTS)):
         first: Tensor = rollouts.hidden_NTD[rollouts.prompt_N == index, 0]
         assert torch.equal(first, first[:1].expand_as(first))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0, 2.5])
+def test_guidance_of_any_strength_draws_from_p_times_r_to_that_power(strength: float) -> None:
+    size, count = len(LETTERS), 20_000
+    llm = table_llm(LETTERS, LENGTH, compose(TABLE).llm, seed=3).frozen()
+    auxiliary = random_auxiliary(llm, "additive")
+    # Milder: at its full size nothing but one token is left.
+    auxiliary.table = replace(auxiliary.table, tokens_VR=auxiliary.table.tokens_VR / 40)
+    # Every completion, p and R of every token after every prefix of it; the rest is numpy.
+    ids_NT = torch.from_numpy(oracle.completions(size, LENGTH))
+    lengths_N = torch.full((len(ids_NT),), LENGTH + 1)
+    hidden_NTD = llm.hidden_states(torch.nn.functional.pad(ids_NT, (1, 0)), lengths_N)[:, :-1]
+    read = auxiliary.read_examples(hidden_NTD, ids_NT, torch.ones_like(ids_NT, dtype=torch.bool))
+    u_NTV = auxiliary.table.logits(read.factors_NTR, read.offset_NT).double().numpy()
+    p_NTV = llm.head(hidden_NTD).double().softmax(-1).numpy()
+    q_NTV = p_NTV * (1 / (1 + np.exp(-u_NTV))) ** strength
+    tables = [np.log(q_NTV[:: size ** (LENGTH - t), t]) for t in range(LENGTH)]
+    expected = oracle.completion_probs(oracle.softmax(oracle.stopping(tables, stop=0)))
+
+    one = Prompt(id="one", text="one", group="prompts", token_ids=(0,))
+    guide = auxiliary.guide(strength)
+    rollouts = draw(llm, [one], n=count, steps=LENGTH, batch_size=count, guide=guide)
+    said_NT = torch.where(rollouts.mask_NT, rollouts.ids_NT, 0).numpy()
+    observed = np.bincount(said_NT @ size ** np.arange(LENGTH)[::-1], minlength=size**LENGTH)
+    some = expected * count > 5
+    assert some.sum() > 15
+    observed = np.append(observed[some], observed[~some].sum())
+    expected = np.append(expected[some], expected[~some].sum()) * count
+    assert stats.chisquare(observed, expected).pvalue > SURE

@@ -24,7 +24,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from constrained_ft.errors import CftError
-from constrained_ft.explain import Token, Word, legend, odds
+from constrained_ft.explain import Token, Word, legends, odds
 from constrained_ft.explain_page import choices, percent, shown, strength
 from constrained_ft.serve.access import Access, Rules, refusal
 from constrained_ft.serve.explorer import (
@@ -162,7 +162,7 @@ def _facts(explorer: Explorer) -> dict[str, object]:
         "name": run.name,
         "constraint": run.constraint,
         "auxiliary": run.auxiliary,
-        "legend": legend(run),
+        "legend": legends([run]),
         "max_new_tokens": explorer.max_new_tokens,
         "most_new_tokens": MOST_NEW_TOKENS,
         "longest_prompt": LONGEST_PROMPT,

@@ -35,7 +35,7 @@ class Question(Section):
 
     prompt: Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_PROMPT)]
     """A text, completed on its own."""
-    voices: tuple[Voice, ...] = VOICES
+    voices: Annotated[tuple[Voice, ...], Field(min_length=1, max_length=len(VOICES))] = VOICES
     """Who answers."""
     strength: Annotated[float, Field(ge=0.0, le=STRONGEST, allow_inf_nan=False)] = 1.0
     """Of the guidance."""
