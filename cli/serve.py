@@ -68,7 +68,7 @@ def serve(
             loop="asyncio",
             ws="none",
             lifespan="off",
-            log_level="warning",
+            log_level="error",
             access_log=False,
             proxy_headers=False,
             server_header=False,

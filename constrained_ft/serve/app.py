@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from importlib.resources import files
 
@@ -96,7 +96,7 @@ class _Answers:
         finally:
             self._present -= 1
 
-    async def _lines(self, question: Question, ahead: int) -> AsyncIterator[str]:
+    async def _lines(self, question: Question, ahead: int) -> AsyncGenerator[str, None]:
         if ahead:
             yield _line("waiting", ahead=ahead)
         async with self._turn:
