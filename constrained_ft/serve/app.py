@@ -25,7 +25,7 @@ from starlette.types import Receive, Scope, Send
 
 from constrained_ft.errors import CftError
 from constrained_ft.explain import Token, Word, legends, odds
-from constrained_ft.explain_page import choices, percent, shown, strength
+from constrained_ft.explain_page import percent, shown, strength
 from constrained_ft.serve.access import Access, Rules, refusal
 from constrained_ft.serve.explorer import (
     LONGEST_PROMPT,
@@ -201,13 +201,21 @@ def _word(word: Word) -> dict[str, object]:
 
 
 def _token(token: Token) -> dict[str, object]:
+    """A token among those that could have come, the likeliest of p and of q."""
+    could = {token.said, *token.of_model, *token.of_target}
     return {
         "shown": shown(token.text),
         "evidence": token.evidence,
-        "p": percent(token.said.p),
-        "q": percent(token.said.q),
-        "model": choices(token.of_model, target=False),
-        "target": choices(token.of_target, target=True),
+        "choices": [
+            {
+                "shown": shown(one.text),
+                "p": percent(one.p),
+                "q": percent(one.q),
+                "ratio": f"{one.ratio:.2g}",
+                "said": one == token.said,
+            }
+            for one in sorted(could, key=lambda one: (-one.p, one.text))
+        ],
     }
 
 
