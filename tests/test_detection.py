@@ -218,11 +218,11 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     # AUROC of two normal distributions a standard deviation apart: Phi(1 / sqrt 2).
     truth, inside = 0.7602, 0
     rng = np.random.default_rng(0)
-    for _ in range(60):
+    for _ in range(40):
         labels = rng.random(120) < 0.3
         found = of_scores(labels.tolist(), rng.normal(labels * 1.0, 1.0).tolist(), 0.3)
         inside += found.measures["AUROC"].low <= truth <= found.measures["AUROC"].high
-    assert 51 <= inside <= 60
+    assert 34 <= inside <= 40
 
 
 def test_a_probe_tells_apart_what_a_direction_tells_apart() -> None:
