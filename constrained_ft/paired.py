@@ -152,8 +152,8 @@ def load(path: Path) -> list[Difference]:
 def table(found: Sequence[Difference]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for people."""
     columns = ["difference", "number", "points", "p"]
-    titles = {name: name + " of {}" for name in MEASURES}
-    titles |= {"violations": "violations, {}", "benchmarks": "mean of {} benchmarks"}
+    titles = {"violations": "violations, {}", "benchmarks": "mean of {} benchmarks"}
+    titles |= {measure: f"{measure} of {{}}" for measure in MEASURES}
     return columns, [
         [
             f"{titles[one.measure].format(one.group)}: {one.model} - {one.other}",
