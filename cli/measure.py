@@ -37,7 +37,8 @@ def evaluate(
     evaluation: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="What is measured: quick, full; the run's own if left out."
+            metavar="NAME",
+            help="What is measured: quick, full, detection; the run's own if left out.",
         ),
     ] = None,
     guided: Annotated[

@@ -15,6 +15,7 @@ from constrained_ft.compose import compose
 from constrained_ft.config import Config
 from constrained_ft.corpus import load_corpus
 from constrained_ft.decoding import Guide
+from constrained_ft.detection import Questions, load_questions
 from constrained_ft.distributed import StopRequest
 from constrained_ft.encoding import Row
 from constrained_ft.errors import ConfigError
@@ -48,11 +49,12 @@ class _Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class _Material:
-    """Prompts and held-out text in one model's tokens."""
+    """Prompts, held-out text and labelled texts in one model's tokens."""
 
     prompts: tuple[Prompt, ...]
     columns: Mapping[str, Mapping[str, Any]]
     validation: tuple[Row, ...]
+    questions: Questions | None
 
 
 def evaluate_command(  # noqa: PLR0913
@@ -138,6 +140,7 @@ def evaluate_command(  # noqa: PLR0913
                 guide=_guide(subject, llm),
                 best_of=subject.best_of,
                 benchmarks=asked,
+                questions=material.questions,
                 model=subject.name,
                 base=base if base is not None and _same_tokens(llm, base) else None,
                 display=display,
@@ -280,7 +283,13 @@ def _material(
         found = read_prompts(str(prompts_file), tokenizer, columns=config.prompts.columns)
         check_prompt_lengths(found.held_out, config.prompts.max_new_tokens, context)
     chosen = evaluate.choose_prompts(found.held_out, config.evaluation.max_prompts)
-    return _Material(prompts=tuple(chosen), columns=found.columns, validation=corpus.validation)
+    detection = config.evaluation.detection
+    return _Material(
+        prompts=tuple(chosen),
+        columns=found.columns,
+        validation=corpus.validation,
+        questions=None if detection is None else load_questions(detection, tokenizer, context),
+    )
 
 
 def _same_tokens(llm: FrozenLLM, base: FrozenLLM) -> bool:

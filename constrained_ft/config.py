@@ -197,6 +197,33 @@ class ConstraintConfig(AskedConfig):
         return all(term.is_strict for term in self.terms.values())
 
 
+class QuestionConfig(Section):
+    """Makes a question and its answer of each labelled text."""
+
+    label: str
+    """Column that holds the label: a number, or true and false; `a.b` is the field b inside a."""
+    positive_from: float = 0.5
+    """A text is positive where its label is at least this; true is 1, false is 0."""
+    template: str
+    """The question; `{text}` stands for the text."""
+    positive: str = " yes"
+    """The answer to a positive text, as it follows the question."""
+    negative: str = " no"
+    """The answer to any other."""
+
+    @model_validator(mode="after")
+    def _asks_for_the_text(self) -> "QuestionConfig":
+        if "{text}" not in self.template:
+            raise ValueError("template has no {text}, where the text of each row goes")
+        answers = {self.positive.strip(), self.negative.strip()}
+        if len(answers) < 2 or "" in answers:
+            raise ValueError(
+                f"positive={self.positive!r} and negative={self.negative!r} must be two different "
+                "answers"
+            )
+        return self
+
+
 class SourceConfig(Section):
     """One file or hub dataset."""
 
@@ -222,11 +249,13 @@ class SourceConfig(Section):
     """Leave out rows whose text stands in this file, such as prompts that are kept for evaluation;
     a path like `path`."""
     opening_words: int | None = Field(default=None, ge=1)
-    """Use only the first words of each text (for prompts)."""
+    """Use only the first words of each text (for prompts and labelled texts)."""
     columns: tuple[str, ...] = ()
     """Further columns of the rows, which scorer functions get by name (for prompts)."""
     repeat: int = Field(default=1, ge=1)
     """How often each training row comes up in one pass over the corpus (corpus only)."""
+    question: QuestionConfig | None = None
+    """The texts have labels: each becomes a question, and its answer is trained (corpus only)."""
 
     @model_validator(mode="after")
     def _one_place(self) -> "SourceConfig":
@@ -461,6 +490,30 @@ class JudgeConfig(Section):
     """A completion counts as satisfied when its score is at least this."""
 
 
+class DetectionConfig(Section):
+    """How well a model tells labelled texts apart: what it knows, beside what it says."""
+
+    question: QuestionConfig
+    """How a model is asked, as in `data.sources.NAME.question` for a model that was trained to
+    answer. What counts is how much more probable the positive answer is than the other."""
+    held_out: SourceConfig
+    """The texts that are told apart, which training must not see. Those that stand in `training`
+    are left out."""
+    training: SourceConfig
+    """Labelled texts that training may see. The same share of the held-out texts as is positive
+    here is called positive: those with the highest scores. The probe is fitted to these."""
+    probe: bool
+    """Also fit a logistic regression to the mean of the model's last hidden states over each
+    question (needs scikit-learn: the extra `demo`)."""
+
+    @model_validator(mode="after")
+    def _one_question(self) -> "DetectionConfig":
+        for name, source in (("held_out", self.held_out), ("training", self.training)):
+            if source.question is not None:
+                raise ValueError(f"{name}.question: `question` beside it is asked of both")
+        return self
+
+
 class EvaluationConfig(Section):
     """What is measured before and after training, and by `cft evaluate`."""
 
@@ -493,6 +546,8 @@ class EvaluationConfig(Section):
     `eval`): `all` that are packaged, some of them by name, or any that lm-eval finds on the hub."""
     benchmark_limit: int = Field(default=250, ge=0)
     """Items of each benchmark, the first in the order of a hash; 0: all."""
+    detection: DetectionConfig | None = None
+    """Labelled texts that the model is to tell apart; null: none."""
 
     @model_validator(mode="after")
     def _names_differ(self) -> "EvaluationConfig":

@@ -67,6 +67,13 @@ class Encoder:
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
+    def pairs(
+        self, prompts: Sequence[str], completion: str
+    ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Token ids of each prompt, and of what the completion adds to them, as it is trained."""
+        pieces = self._pieces([[(prompt, False), (completion, True)] for prompt in prompts])
+        return [((*self.prefix, *prompt), tuple(said)) for prompt, said in pieces]
+
     def documents(self, records: Sequence[Record], max_length: int) -> list[Document]:
         """The rows of each record: several where a plain text is longer than `max_length`."""
         eos = self._tokenizer.eos_token_id

@@ -18,6 +18,7 @@ from constrained_ft.benchmark_results import BenchmarkResult
 from constrained_ft.benchmarks.tasks import Benchmark
 from constrained_ft.config import Config
 from constrained_ft.decoding import Guide
+from constrained_ft.detection import Questions, detect
 from constrained_ft.distributed import StopRequest, World, pack, unpack
 from constrained_ft.encoding import Row
 from constrained_ft.fluency import distinct, empty, repetition, self_bleu
@@ -47,6 +48,7 @@ def evaluate(  # noqa: PLR0913
     guide: Guide | None = None,
     best_of: int = 1,
     benchmarks: Sequence[Benchmark] = (),
+    questions: Questions | None = None,
     display: Display,
     stop: StopRequest,
     world: World | None = None,
@@ -66,6 +68,7 @@ def evaluate(  # noqa: PLR0913
         guide: guided decoding; what concerns the LLM alone is left out then.
         best_of: so many completions are sampled for each that counts, the one with the best score.
         benchmarks: what the accuracy is measured on, of the LLM alone.
+        questions: the labelled texts of `evaluation.detection`.
         display: advanced by completions.
         stop: polled between batches.
         world: who shares the work; every rank gets all results. None is this process alone.
@@ -148,6 +151,9 @@ def evaluate(  # noqa: PLR0913
             else {}
         ),
         kl_to_base=None if base is None or guide else kl_to_base(llm, base, rollouts, world),
+        detection=(
+            detect(llm, questions, display, stop, world) if questions and guide is None else {}
+        ),
         quantiles=_quantiles(scores[: len(scorers)]),
         seconds_per_score=seconds[0],
         scorer=" + ".join(f"{one.name} {one.version}" for one in scorers),

@@ -21,6 +21,12 @@ class Interval:
         """Of 1 - what this is of."""
         return Interval(mean=1 - self.mean, low=1 - self.high, high=1 - self.low)
 
+    @classmethod
+    def of(cls, mean: float, resampled_K: NDArray[np.float64]) -> "Interval":
+        """A number, and the percentiles of what it is in resamples; NaN there is left out."""
+        low, high = np.nanquantile(resampled_K, [0.025, 0.975])
+        return cls(mean=mean, low=float(low), high=float(high))
+
     def percent(self) -> str:
         """For a table: `8.3 % (6.1-10.9)`."""
         return f"{100 * self.mean:.1f} % ({100 * self.low:.1f}–{100 * self.high:.1f})"
@@ -46,6 +52,14 @@ def bootstrap_of_groups(groups: Sequence[NDArray[np.float64]], seed: int = 0) ->
     low, high = np.quantile(np.mean(resampled, axis=0), [0.025, 0.975])
     mean = float(np.mean([group.mean() for group in groups]))
     return Interval(mean=mean, low=float(low), high=float(high))
+
+
+def resampled_counts(number: int, seed: int = 0) -> NDArray[np.float64]:
+    """How often each of so many observations comes up in each resample, [resamples, number]."""
+    draws = np.random.default_rng(seed).integers(number, size=(_RESAMPLES, number))
+    counts = np.zeros((_RESAMPLES, number))
+    np.add.at(counts, (np.arange(_RESAMPLES)[:, None], draws), 1.0)
+    return counts
 
 
 def ratio_perplexity(losses: np.ndarray, counts: np.ndarray) -> Interval:

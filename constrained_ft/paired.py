@@ -2,7 +2,8 @@
 
 The difference of each prompt, or of each item of a benchmark, is one observation. Its mean has a
 bootstrap interval over them; the p-value is that of the sign-flip permutation test: were both
-models alike, every difference would be as likely with the other sign.
+models alike, every difference would be as likely with the other sign. How well labelled texts are
+told apart is compared by the bootstrap over texts alone.
 """
 
 import json
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from constrained_ft.benchmark_results import item_differences
-from constrained_ft.intervals import Interval, bootstrap, bootstrap_of_groups
+from constrained_ft.classification import MEASURES, measured
+from constrained_ft.intervals import Interval, bootstrap, bootstrap_of_groups, resampled_counts
 from constrained_ft.results import Evaluation
 
 _FLIPS = 9999
@@ -30,15 +32,17 @@ class Difference:
     """What was measured of one model minus what was measured of another."""
 
     group: str
-    """Of prompts, or the number of benchmarks."""
+    """Of prompts; the number of benchmarks; or the detector, `answers` or `probe`."""
     model: str
     other: str
     prompts: int
-    """Prompts, or items of all benchmarks."""
+    """Prompts, items of all benchmarks, or labelled texts."""
     difference: Interval
-    p_value: float
-    measure: Literal["violations", "benchmarks"] = "violations"
-    """The share of violations over the prompts of a group, or the mean score of benchmarks."""
+    p_value: float | None
+    """None for what tells labelled texts apart: no test was made."""
+    measure: Literal["violations", "benchmarks", "F1", "AUROC", "accuracy"] = "violations"
+    """The share of violations over the prompts of a group, the mean score of benchmarks, or how
+    well labelled texts are told apart."""
 
 
 def differences(evaluations: Sequence[Evaluation]) -> list[Difference]:
@@ -46,7 +50,7 @@ def differences(evaluations: Sequence[Evaluation]) -> list[Difference]:
     pairs = list(combinations(evaluations, 2))
     if len(evaluations) > _ALL_PAIRS:
         pairs = [(evaluations[0], one) for one in evaluations[1:]]
-    found = []
+    found: list[Difference] = []
     for other, one in pairs:
         for name, group in one.groups.items():
             mine = group.violation_by_prompt
@@ -57,6 +61,7 @@ def differences(evaluations: Sequence[Evaluation]) -> list[Difference]:
             values = np.array([mine[prompt] - theirs[prompt] for prompt in shared])
             found.append(
                 Difference(
+                    measure="violations",
                     group=name,
                     model=one.model,
                     other=other.model,
@@ -66,6 +71,9 @@ def differences(evaluations: Sequence[Evaluation]) -> list[Difference]:
                 )
             )
         found += _of_benchmarks(one, other)
+        for detector in one.detection:
+            if detector in other.detection:
+                found += _detection_differences(detector, one, other)
     return found
 
 
@@ -85,6 +93,34 @@ def _of_benchmarks(one: Evaluation, other: Evaluation) -> list[Difference]:
             difference=bootstrap_of_groups(parts),
             p_value=sign_flip(np.concatenate(weighted)),
         )
+    ]
+
+
+def _detection_differences(detector: str, one: Evaluation, other: Evaluation) -> list[Difference]:
+    """Of F1, AUROC and accuracy: both models are measured on the same resamples."""
+    mine, theirs = one.detection[detector], other.detection[detector]
+    shared = [text for text in mine.scores if text in theirs.scores]
+    if not shared:
+        return []
+    positives = set(mine.positives)
+    labels_N = np.array([text in positives for text in shared])
+    found_K = []
+    for result in (mine, theirs):
+        scores_N = np.array([result.scores[text] for text in shared])
+        counts_KN = np.vstack([np.ones((1, len(shared))), resampled_counts(len(shared))])
+        found_K.append(measured(labels_N, scores_N, result.threshold, counts_KN))
+    apart_K = {name: found_K[0][name] - found_K[1][name] for name in MEASURES}
+    return [
+        Difference(
+            measure=name,
+            group=detector,
+            model=one.model,
+            other=other.model,
+            prompts=len(shared),
+            difference=Interval.of(float(apart_K[name][0]), apart_K[name][1:]),
+            p_value=None,
+        )
+        for name in MEASURES
     ]
 
 
@@ -115,15 +151,22 @@ def load(path: Path) -> list[Difference]:
 
 def table(found: Sequence[Difference]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for people."""
-    columns = ["difference", "prompts", "points", "p"]
+    columns = ["difference", "number", "points", "p"]
     titles = {"violations": "violations, {}", "benchmarks": "mean of {} benchmarks"}
+    titles |= {measure: f"{measure} of {{}}" for measure in MEASURES}
     return columns, [
         [
             f"{titles[one.measure].format(one.group)}: {one.model} - {one.other}",
             str(one.prompts),
             f"{100 * one.difference.mean:+.1f} "
             f"({100 * one.difference.low:+.1f} to {100 * one.difference.high:+.1f})",
-            "< 0.001" if one.p_value < 0.001 else f"{one.p_value:.3f}",
+            _p_value(one.p_value),
         ]
         for one in found
     ]
+
+
+def _p_value(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"

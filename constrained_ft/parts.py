@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from constrained_ft.auxiliary import Auxiliary, vocabulary_prior
 from constrained_ft.config import Config, GuardConfig
 from constrained_ft.corpus import Corpus, load_corpus, prompt_and_text
+from constrained_ft.detection import Questions, load_questions
 from constrained_ft.distributed import StopRequest, World, pack, unpack
 from constrained_ft.errors import DivergedError, ScorerError
 from constrained_ft.fluency import require_sacrebleu
@@ -43,6 +44,8 @@ class Parts:
     """Scorers that training never asks, by name."""
     prompts: Prompts
     corpus: Corpus
+    questions: Questions | None
+    """Labelled texts that are told apart, where `evaluation.detection` names some."""
     display: Display
     stop: StopRequest
     phases: Phases
@@ -106,7 +109,8 @@ def build_parts(
         ConfigError: when two settings contradict each other.
     """
     world = world or World.alone()
-    check_sources(config.data, config.prompts)
+    detection = config.evaluation.detection
+    check_sources(config.data, config.prompts, detection)
     display.phase("loading", 5)
     terms = config.constraint.all_terms().values()
     scorers = tuple(probed(term.scorer, scores, world.rank) for term in terms)
@@ -123,6 +127,7 @@ def build_parts(
     context = load_context_length(config.llm)
     prompts = load_prompts(config.prompts, tokenizer, config.data, context)
     given_columns([*scorers, *judges.values()], prompts.columns)
+    questions = None if detection is None else load_questions(detection, tokenizer, context)
     display.advance()
     llm = load_llm(
         config.llm,
@@ -151,6 +156,7 @@ def build_parts(
         judges=judges,
         prompts=prompts,
         corpus=corpus,
+        questions=questions,
         display=display,
         stop=stop,
         phases=Phases(llm.slots),

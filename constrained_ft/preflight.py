@@ -84,6 +84,7 @@ def evaluate_held_out(
         config,
         model=name,
         base=base,
+        questions=parts.questions,
         display=parts.display,
         stop=parts.stop,
         world=parts.everyone,

@@ -4,11 +4,12 @@ Rows come as `text`, as `prompt` + `completion`, or as chat `messages`. Nothing 
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from constrained_ft.config import DataConfig, SourceConfig
+from constrained_ft.config import DataConfig, QuestionConfig, SourceConfig
 from constrained_ft.errors import ConfigError, DataError
 from constrained_ft.sources import rows_of, sources_of
 
@@ -72,12 +73,17 @@ def grouped_records(config: DataConfig) -> dict[tuple[str, int], list[Record]]:
     """Records by group and by how often they come up."""
     groups: dict[tuple[str, int], list[Record]] = {}
     for name, source in sources_of(config, "corpus").items():
-        for record in _records(name, source):
+        for record in records_of(name, source):
             groups.setdefault((record.group, source.repeat), []).append(record)
     return groups
 
 
-def _records(name: str, source: SourceConfig) -> list[Record]:
+def records_of(name: str, source: SourceConfig) -> list[Record]:
+    """The rows of one source, in its order; equal ones are all there.
+
+    Raises:
+        DataError: if the source is missing, empty or malformed.
+    """
     records = []
     excluded = _excluded(name, source)
     for origin, row in rows_of(name, source):
@@ -88,10 +94,36 @@ def _records(name: str, source: SourceConfig) -> list[Record]:
             continue
         if source.opening_words is not None and isinstance(content, Text):
             content = Text(text=opening(content.text, source.opening_words))
+        if source.question is not None:
+            content = _asked(content, source.question, row, origin)
         records.append(Record(origin=origin, group=_group(row, name, origin), content=content))
     if not records:
         raise DataError(f"{name}: {source.path or source.name} has no rows with text")
     return records
+
+
+def _asked(
+    content: Text | Completion | Chat, question: QuestionConfig, row: dict[str, Any], origin: str
+) -> Completion:
+    """A labelled text as a question with its answer."""
+    if not isinstance(content, Text):
+        raise DataError(f"{origin} is no plain text, so no question can be made of it")
+    found = _field(row, question.label)
+    if found is None:
+        raise DataError(f"{origin} has no `{question.label}`, which `question.label` asks for")
+    try:
+        label = float(found)
+    except (TypeError, ValueError):
+        label = math.nan
+    if math.isnan(label):
+        raise DataError(
+            f"{origin}: the label `{question.label}` is {found!r}, but must be a number, or true "
+            "or false"
+        )
+    return Completion(
+        prompt=question.template.replace("{text}", content.text),
+        completion=question.positive if label >= question.positive_from else question.negative,
+    )
 
 
 def _excluded(name: str, source: SourceConfig) -> set[str]:
@@ -107,6 +139,8 @@ def file_prompts(name: str, source: SourceConfig) -> list[Draft]:
         raise ConfigError(
             f"prompts: `repeat` of {name} is for the corpus; prompts are not repeated"
         )
+    if source.question is not None:
+        raise ConfigError(f"prompts: `question` of {name} is for the corpus")
     drafts = []
     for origin, row in rows_of(name, source):
         columns = (source.text_column, "prompt", "text")

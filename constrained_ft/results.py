@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from constrained_ft.benchmark_results import BenchmarkResult, benchmark_rows, mean_score
+from constrained_ft.classification import MEASURES, Classification
 from constrained_ft.config import Config
 from constrained_ft.intervals import Interval
 from constrained_ft.run_folder import write_atomically
@@ -87,6 +88,8 @@ class Evaluation:
     """Name and version of each."""
     benchmarks: dict[str, BenchmarkResult] = field(default_factory=dict)
     """Accuracy on `evaluation.benchmarks`, by name; training measures none."""
+    detection: dict[str, Classification] = field(default_factory=dict)
+    """With `evaluation.detection`, how well labelled texts are told apart, by detector."""
 
 
 def save(
@@ -169,6 +172,8 @@ def table(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]
     rows += benchmark_rows([one.benchmarks for one in evaluations])
     kls = ["–" if one.kl_to_base is None else f"{one.kl_to_base:.3f}" for one in evaluations]
     add("KL to the base, nats a token", kls)
+    for detector in evaluations[0].detection:
+        rows += _detection_rows(detector, [one.detection.get(detector) for one in evaluations])
     return columns, rows
 
 
@@ -207,6 +212,14 @@ def _group_rows(name: str, groups: Sequence[GroupResult]) -> list[list[str]]:
     if any(group.missing for group in groups):
         add("  completions without a score", lambda g: str(g.missing))
     return rows
+
+
+def _detection_rows(detector: str, found: Sequence[Classification | None]) -> list[list[str]]:
+    sizes = ["–" if one is None else f"{one.texts} ({one.positive:.0%})" for one in found]
+    return [[f"detection, {detector}: texts (positive)", *sizes]] + [
+        [f"  {name}", *("–" if one is None else one.measures[name].plain(3) for one in found)]
+        for name in MEASURES
+    ]
 
 
 def _number(value: float | None) -> str:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from constrained_ft.config import DataConfig, PromptsConfig, SourceConfig
+from constrained_ft.config import DataConfig, DetectionConfig, PromptsConfig, SourceConfig
 from constrained_ft.errors import CftError, DataError
 from constrained_ft.resources import (
     WHEEL,
@@ -28,20 +28,27 @@ _ENDINGS = {
 _BUILDERS = {"jsonl": "json", "csv": "csv", "parquet": "parquet", "text": "text"}
 
 
-def check_sources(data: DataConfig, prompts: PromptsConfig) -> None:
+def check_sources(
+    data: DataConfig, prompts: PromptsConfig, detection: DetectionConfig | None = None
+) -> None:
     """See at once whether all local files are there; nothing is read or fetched.
 
     Raises:
         ConfigError: if a wheel reference does not have the form.
         DataError: if a local file is missing.
     """
+    named: dict[str, SourceConfig] = {}
     for section, config in (("data", data), ("prompts", prompts)):
         for name, source in sources_of(config, "file").items():
-            prefix = f"{section}.sources.{name}" if config.sources else section
-            for key, reference in (("path", source.path), ("exclude", source.exclude)):
-                if reference is not None:
-                    with _named(f"{prefix}.{key}"):
-                        check_reference(reference)
+            named[f"{section}.sources.{name}" if config.sources else section] = source
+    if detection is not None:
+        named["evaluation.detection.held_out"] = detection.held_out
+        named["evaluation.detection.training"] = detection.training
+    for prefix, source in named.items():
+        for key, reference in (("path", source.path), ("exclude", source.exclude)):
+            if reference is not None:
+                with _named(f"{prefix}.{key}"):
+                    check_reference(reference)
 
 
 def sources_of(config: DataConfig | PromptsConfig, group: str) -> dict[str, SourceConfig]:
@@ -74,6 +81,8 @@ def _tables(name: str, source: SourceConfig) -> Iterator[tuple[str, str, dict[st
     """Origin, format and columns of each file of a source, or of its hub dataset."""
     wanted = [source.text_column, "text", "prompt", "completion", "messages", "group"]
     wanted += source.columns
+    if source.question is not None:
+        wanted.append(source.question.label)
     if source.name is not None:
         yield source.name, "hub", _columns(_hub_table(source), wanted)
         return

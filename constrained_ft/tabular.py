@@ -197,6 +197,7 @@ def table_parts(letters: str, length: int, config: Config, rows: Sequence[Row] =
         judges={},
         prompts=Prompts(training=prompts, held_out=()),
         corpus=corpus_of(rows),
+        questions=None,
         display=Silent(),
         stop=StopRequest(),
         phases=Phases(llm.slots),

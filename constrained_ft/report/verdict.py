@@ -58,6 +58,7 @@ class Measure:
         else:
             of = self.difference.difference
             p = self.difference.p_value
+            assert p is not None  # that of violations is always there
             chance = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
             size = f"{100 * of.mean:+.1f} points ({100 * of.low:+.1f} to {100 * of.high:+.1f}, "
             size += f"{chance})"
