@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from types import ModuleType
@@ -558,10 +557,6 @@ def test_what_a_sweep_does_not_take_is_refused(
     assert not calls
 
 
-@pytest.mark.skipif(
-    find_spec("hydra_plugins.hydra_joblib_launcher") is None,
-    reason="hydra-joblib-launcher is not installed; pip install hydra-joblib-launcher",
-)
 def test_jobs_of_another_launcher_are_counted_too(cft: Cft, tmp_path: Path) -> None:
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     ran = cft(
