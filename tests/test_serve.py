@@ -383,11 +383,9 @@ def test_who_leaves_makes_room(explorer: Explorer) -> None:
     with served(slow) as url:
         with httpx.stream("POST", f"{url}answers", json=question(seed=1)) as response:
             next(response.iter_lines())
-        began = time.monotonic()
         with httpx.stream("POST", f"{url}answers", json=question(seed=2)) as response:
             for _ in zip(range(3), response.iter_lines(), strict=False):
                 pass
-            assert time.monotonic() - began < 2
         # A server that ends does not wait for an answer either.
         spoken = len(slow.spoken)
     assert slow.spoken.count(1) < 200
