@@ -45,8 +45,6 @@ class Method:
     overrides: tuple[str, ...]
     seeds: int = 1
     note: str = ""
-    decoding: tuple[str, ...] = ()
-    """Of `cft evaluate`: measured beside the model itself."""
     iterations: int = ITERATIONS
 
 
@@ -78,9 +76,9 @@ class Cell:
     def measure(self, root: Path) -> list[str]:
         """Arguments of `cft`."""
         folder = root / self.name
-        model = folder if self.method.decoding else folder / "final" / "llm"
-        output = ["--output", str(folder / "measured.json")]
-        return ["evaluate", str(model), *MEASURE, *self.method.decoding, *output]
+        # A run shows its base model too: once is enough.
+        model = folder if self == FIRST else folder / "final" / "llm"
+        return ["evaluate", str(model), *MEASURE, "--output", str(folder / "measured.json")]
 
     def is_trained(self, root: Path) -> bool:
         """Whether the run reached its end."""
@@ -97,16 +95,8 @@ SCENARIOS: dict[str, tuple[str, ...]] = {
     "clean": ("experiment=clean_domain",),
     "multi": ("experiment=multi_task",),
 }
-CFT_ROW, PLAIN = (
-    Method(name="cft", overrides=(), seeds=3),
-    Method(
-        name="sft",
-        overrides=("trainer=sft",),
-        seeds=3,
-        decoding=("--guided", "--best-of", "4"),
-        note="plain fine-tuning",
-    ),
-)
+CFT_ROW = Method(name="cft", overrides=(), seeds=3)
+PLAIN = Method(name="sft", overrides=("trainer=sft",), seeds=3, note="plain fine-tuning")
 FILTERED = Method(name="filtered", overrides=("trainer=filtered",), seeds=3)
 MAIN = (
     CFT_ROW,
@@ -144,6 +134,9 @@ ABLATIONS = (
 )
 
 
+FIRST = Cell(scenario="toxic", method=CFT_ROW, seed=0)
+
+
 def cells() -> list[Cell]:
     """All of them, the most telling first, so that an interrupted comparison says something."""
     once = [Cell(scenario="toxic", method=method, seed=0) for method in MAIN]
@@ -175,8 +168,19 @@ def run(root: Path, only: str, deadline: float) -> None:
                 continue
         if cell.measured(root) is None:
             _cft(cell.measure(root), root / cell.name)
-    if not only and time.monotonic() < deadline:
-        measure_benchmarks(root)
+    for extra in (measure_decoding, measure_benchmarks):
+        if not only and time.monotonic() < deadline:
+            extra(root)
+
+
+def measure_decoding(root: Path) -> None:
+    """Control while decoding, on the plainly fine-tuned model of the first seed."""
+    plain = Cell(scenario="toxic", method=PLAIN, seed=0)
+    output = root / "toxic" / "decoding.json"
+    if not output.exists() and plain.is_trained(root):
+        how = ["--samples-per-prompt", "8", "--max-prompts", "160", "--guided", "--best-of", "4"]
+        folder = str(root / plain.name)
+        _cft(["evaluate", folder, *how, "--output", str(output)], output.with_suffix(""))
 
 
 def measure_benchmarks(root: Path) -> None:
@@ -267,15 +271,14 @@ def rows_of(root: Path, scenario: str) -> list[Row]:
         tree = cell.measured(root)
         if tree is None:
             continue
-        models = tree["models"]
-        if cell.method.decoding:
-            if cell.seed == 0:
-                found.setdefault("base", []).append(models[0])
-            found.setdefault(cell.method.name, []).append(models[1])
-            for model, label in zip(models[2:], ("R guides", "best of 4"), strict=True):
-                found.setdefault(f"{cell.method.name}, {label}", []).append(model)
-        else:
-            found.setdefault(cell.method.name, []).append(models[-1])
+        if cell == FIRST:
+            found["base"] = [tree["models"][0]]
+        found.setdefault(cell.method.name, []).append(tree["models"][-1])
+    decoding = root / scenario / "decoding.json"
+    if decoding.exists():
+        models = json.loads(decoding.read_text(encoding="utf-8"))["models"]
+        for model, label in zip(models[2:], ("sft, R guides", "sft, best of 4"), strict=True):
+            found[label] = [model]
     return [Row(label=label, models=tuple(models)) for label, models in found.items()]
 
 

@@ -60,8 +60,8 @@ def test_the_page_says_what_was_measured(
     plain = {f"p{i}": 0.2 + 0.01 * (i % 3) for i in range(40)}
     controlled = {name: share - 0.15 for name, share in plain.items()}
     measured = {
-        "toxic/sft/0": [model({"p0": 0.1}, 36.0), *[model(plain, 28.0)] * 3],
-        "toxic/cft/0": [model(controlled, 28.5)],
+        "toxic/sft/0": [model(plain, 28.0)],
+        "toxic/cft/0": [model({"p0": 0.1}, 36.0), model(controlled, 28.5)],
         "toxic/cft/1": [model(dict.fromkeys(plain, 0.08), 29.5)],
     }
     for name, models in measured.items():
@@ -83,7 +83,7 @@ def test_the_page_says_what_was_measured(
     assert "-14.0" in row
     assert "p < 0.001" in row
     assert "29.00 (28.50 29.50)" in row
-    assert "| sft, R guides |" in page
+    assert "| base | 10.0 %" in page
     assert "toxic/cft/2" in page.partition("Not run yet: ")[2]
     assert (tmp_path / "front.svg").stat().st_size > 1000
 
