@@ -124,13 +124,19 @@ def leave(arguments: list[str], command: str) -> None:
         assert end.code in (0, None), end.code  # noqa: PT017  # a command ends so when it is done
 
 
+# What fetches data, takes long, uploads, or needs a run with adapters.
+LEFT_OUT = (
+    "--evaluation full",
+    "--evaluation detection",
+    "--benchmarks",
+    "--push",
+    "--form adapter",
+)
 LOOKS = [
     line
-    for line in dict.fromkeys(line for _, line in commands())
-    if re.match(r"cft (evaluate|explain|export|generate) RUN", line)
-    and "--evaluation full" not in line
-    and "--push" not in line
-    and "--form adapter" not in line  # this run trains all weights
+    for line in dict.fromkeys(line.partition("#")[0].strip() for _, line in commands())
+    if re.match(r"cft (evaluate|explain|export|generate|report) RUN", line)
+    and not any(part in line for part in LEFT_OUT)
 ]
 
 
