@@ -300,8 +300,12 @@ def ask(*arguments: str) -> int:
 
 
 def test_runs_and_texts_are_shown_side_by_side(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     other = tmp_path / "other"
     other.symlink_to(finished)
     html = tmp_path / "page.html"
