@@ -3,8 +3,10 @@
 import re
 import shlex
 import shutil
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -100,6 +102,17 @@ def test_every_page_of_the_docs_is_named_in_the_readme() -> None:
         if page.stem == "index":  # the site's own start
             continue
         assert f"docs/{page.name}" in readme
+
+
+def test_the_site_has_every_page() -> None:
+    site = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]
+
+    def pages(entries: list[dict[str, Any]]) -> Iterator[str]:
+        for entry in entries:
+            for value in entry.values():
+                yield from [value] if isinstance(value, str) else pages(value)
+
+    assert sorted(pages(site["nav"])) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
 
 
 # Commands that look at a run, run -----------------------------------------------------------------
