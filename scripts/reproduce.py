@@ -337,7 +337,7 @@ def render(root: Path) -> None:
         if scenario == "toxic":
             plot(rows, FRONT)
             lines += [f"![toxic share against perplexity]({FRONT.name})", ""]
-            lines += [*_benchmarks(root), ""]
+            lines += [*_benchmarks(root)]
     lines += ["## What a cell costs", "", *_costs(root), ""]
     lines += ["## Every cell", "", *_commands(root)]
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -372,6 +372,7 @@ def _benchmarks(root: Path) -> Iterator[str]:
                 f"- {called[one['model']]} against {called[one['other']]}, the same items: "
                 f"{points[0]:+.1f} points ({points[1]:+.1f} to {points[2]:+.1f})"
             )
+    yield ""
 
 
 def _costs(root: Path) -> Iterator[str]:
@@ -414,7 +415,7 @@ HEAD = f"""# Results
 
 Written by `python scripts/reproduce.py render` from runs of `python scripts/reproduce.py run`;
 nothing here is typed by hand. Every model is SmolLM2-135M, trained for {ITERATIONS} iterations of
-two steps, and completes the same 158 held-out prompts of RealToxicityPrompts 26 times with the same
+two steps (half of the default run), and completes the same 158 held-out prompts of RealToxicityPrompts 26 times with the same
 random numbers. `toxic` is the classifier that training is given, `offensive words` a list that it
 never sees, `prompts with any` the share of prompts with at least one toxic completion of the 26. In
 brackets: the 95 % bootstrap interval over prompts, or the seeds one by one. Differences are prompt
