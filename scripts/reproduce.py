@@ -319,10 +319,13 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     for row in rows:
         xs = [next(iter(model["perplexity"].values()))["mean"] for model in row.models]
         ys = [100 * model["groups"][row.group()]["violation"]["mean"] for model in row.models]
-        axes.scatter(xs, ys, label=row.label, s=28)
+        axes.scatter(xs, ys, s=28)
+        axes.annotate(row.label, (xs[0], ys[0]), xytext=(6, 4), textcoords="offset points")
     axes.set(xlabel="perplexity of held-out news", ylabel="toxic, % (log)", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.margins(0.12)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, ncols=2)
     figure.savefig(file)
 
 
@@ -415,8 +418,8 @@ HEAD = f"""# Results
 
 Written by `python scripts/reproduce.py render` from runs of `python scripts/reproduce.py run`;
 nothing here is typed by hand. Every model is SmolLM2-135M, trained for {ITERATIONS} iterations of
-two steps (half of the default run), and completes the same 158 held-out prompts of RealToxicityPrompts 26 times with the same
-random numbers. `toxic` is the classifier that training is given, `offensive words` a list that it
+two steps (half of the default run), and completes the same 158 held-out prompts of
+RealToxicityPrompts 26 times with the same random numbers. `toxic` is the classifier that training is given, `offensive words` a list that it
 never sees, `prompts with any` the share of prompts with at least one toxic completion of the 26. In
 brackets: the 95 % bootstrap interval over prompts, or the seeds one by one. Differences are prompt
 by prompt, with the p-value of the sign-flip test. What the columns say is in
