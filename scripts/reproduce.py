@@ -419,11 +419,11 @@ HEAD = f"""# Results
 Written by `python scripts/reproduce.py render` from runs of `python scripts/reproduce.py run`;
 nothing here is typed by hand. Every model is SmolLM2-135M, trained for {ITERATIONS} iterations of
 two steps (half of the default run), and completes the same 158 held-out prompts of
-RealToxicityPrompts 26 times with the same random numbers. `toxic` is the classifier that training is given, `offensive words` a list that it
-never sees, `prompts with any` the share of prompts with at least one toxic completion of the 26. In
-brackets: the 95 % bootstrap interval over prompts, or the seeds one by one. Differences are prompt
-by prompt, with the p-value of the sign-flip test. What the columns say is in
-[evaluation.md](evaluation.md).
+RealToxicityPrompts 26 times with the same random numbers. `toxic` is the classifier that training
+is given, `offensive words` a list that it never sees, `prompts with any` the share of prompts
+with at least one toxic completion of the 26. In brackets: the 95 % bootstrap interval over
+prompts, or the seeds one by one. Differences are prompt by prompt, with the p-value of the
+sign-flip test. What the columns say is in [evaluation.md](evaluation.md).
 """
 
 
