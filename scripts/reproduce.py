@@ -99,7 +99,12 @@ SHORTER = {"multi": 2 * ITERATIONS // 3}
 """Iterations of a scenario whose iterations have more steps."""
 CFT_ROW = Method(name="cft", overrides=(), seeds=3)
 PLAIN = Method(name="sft", overrides=("trainer=sft",), seeds=3, note="plain fine-tuning")
-FILTERED = Method(name="filtered", overrides=("trainer=filtered",), seeds=3)
+FILTERED = Method(
+    name="filtered",
+    overrides=("trainer=filtered",),
+    seeds=3,
+    note="without the rows that the scorer rejects; all steps go to the rest, so it sees more news",
+)
 MAIN = (
     CFT_ROW,
     PLAIN,
@@ -339,12 +344,21 @@ def render(root: Path) -> None:
         lines += [f"## {title}", "", *table(rows), ""]
         if scenario == "toxic":
             plot(rows, FRONT)
+            lines += [*_notes(rows), ""]
             lines += [f"![toxic share against perplexity]({FRONT.name})", ""]
             lines += [*_benchmarks(root)]
     lines += ["## What a cell costs", "", *_costs(root), ""]
     lines += ["## Every cell", "", *_commands(root)]
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(PAGE)
+
+
+def _notes(rows: Sequence[Row]) -> Iterator[str]:
+    """What the methods of a table are, where their names do not say it."""
+    shown = {row.label for row in rows}
+    for method in (*MAIN, *OTHERS, *ABLATIONS):
+        if method.name in shown and method.note:
+            yield f"- {method.name}: {method.note}"
 
 
 def _benchmarks(root: Path) -> Iterator[str]:
