@@ -161,15 +161,13 @@ def _headline(violations: Change, language: Change) -> str:
     first = {
         "lower": "The fine-tuned model violates the constraint less often than the base model",
         "higher": "The fine-tuned model violates the constraint more often than the base model",
-        "unclear": "No clear change in how often the constraint is violated",
+        "unclear": "The fine-tuned model violates the constraint about as often as the base model",
     }
     second = {
         "lower": "and predicts held-out text of the corpus better",
         "higher": "and predicts held-out text of the corpus worse",
-        "unclear": "and no clear change on held-out text of the corpus",
+        "unclear": "and predicts held-out text of the corpus about as well",
     }
-    if violations == "unclear" and language == "unclear":
-        return f"{first[violations]}, {second[language].replace('and no clear change', 'nor')}."
     return f"{first[violations]}, {second[language]}."
 
 
