@@ -5,14 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from markdown_it import MarkdownIt
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from constrained_ft import metrics
 from constrained_ft.cli.main import main
@@ -22,11 +22,6 @@ from constrained_ft.report.figures import bars_of
 from constrained_ft.report.text import visible
 from tests.small import run, small_config
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
-FLAGS = (
-    *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"),
-    *("--disable-component-update", "--no-first-run"),
-)
 HOSTILE = (
     "<script>window.hit = 1</script><img src=x onerror='window.hit = 1'>"
     "</td></table><style>*{display:none}</style>{{ 7 * 7 }} | `x` **b** [l](javascript:hit) "
@@ -287,16 +282,6 @@ def test_no_character_acts_or_hides() -> None:
 
 
 # In a browser -------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium: apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 class Visit:

@@ -4,7 +4,6 @@ import asyncio
 import json
 import math
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +19,7 @@ import httpx
 import pytest
 import uvicorn
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 from small import run, small_config
 
 from constrained_ft.cli.main import main
@@ -33,11 +32,6 @@ from constrained_ft.serve.access import Rules
 from constrained_ft.serve.app import PLACES, application
 from constrained_ft.serve.explorer import VOICES, Answer, Explorer, Piece, Question, load_explorer
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
-FLAGS = (
-    *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"),
-    *("--disable-component-update", "--no-first-run"),
-)
 HOSTILE = (
     "<script>window.hit = 1</script><img src=x onerror='window.hit = 1'>"
     "</textarea></section><style>*{display:none}</style>{{ 7 * 7 }} &lt; \u202eback\u2028"
@@ -484,16 +478,6 @@ class Visit:
             for one in found
             if one["impact"] in ("serious", "critical")
         ]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium: apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @contextmanager
