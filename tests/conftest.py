@@ -1,5 +1,6 @@
 """Fixtures of several test modules."""
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,9 @@ from playwright.sync_api import Browser, sync_playwright
 from shell import Cft, Ran
 
 from constrained_ft.cli.main import main
+
+# What `cft` sets before it imports other libraries; in a process that has imported them it cannot.
+os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 FLAGS = (
