@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 
 from constrained_ft.distributed import default_device
 from constrained_ft.loading import multiplies_bf16_fast
+from constrained_ft.machine import processor
 from constrained_ft.memory import spare_memory
 from constrained_ft.resources import cache_dir
 
@@ -104,7 +105,7 @@ def _versions(required: Iterable[Requirement]) -> dict[str, str]:
 def _machine(device: torch.device) -> dict[str, str]:
     facts = {
         "system": platform.platform(),
-        "processor": f"{os.cpu_count()} cores, {platform.machine()}",
+        "processor": processor(),
         "threads": str(torch.get_num_threads()),
         "device": str(device),
     }

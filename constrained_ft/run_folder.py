@@ -35,6 +35,7 @@ from typing import Any, Literal
 from constrained_ft.compose import config_to_yaml, differences, load_config
 from constrained_ft.config import Config
 from constrained_ft.errors import ConfigError
+from constrained_ft.machine import processor
 
 __all__ = ["RunFolder", "State", "newest_unfinished", "write_atomically"]
 
@@ -483,9 +484,8 @@ def _environment(config: Config) -> dict[str, object]:
         "seed": config.seed,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "machine": platform.machine(),
+        "processor": processor(),
         "host": socket.gethostname(),
-        "cpu_count": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "versions": versions,
         "git_revision": _git_revision(),
@@ -512,5 +512,5 @@ def _git_revision() -> str | None:
     if git("ls-files", "--error-unmatch", source.name) is None:
         return None
     revision = git("rev-parse", "HEAD")
-    changed = git("status", "--porcelain", "--untracked-files=no")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", "../cli", "../conf")
     return f"{revision}+" if changed else revision

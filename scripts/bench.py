@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -46,6 +45,7 @@ from constrained_ft.finetune import backward_of_step, update_llm  # noqa: E402
 from constrained_ft.fused import Head, Tilt, chunk_rows_for, fused_losses  # noqa: E402
 from constrained_ft.llm import LLM  # noqa: E402
 from constrained_ft.loading import load_llm, load_tokenizer, plain_config  # noqa: E402
+from constrained_ft.machine import processor  # noqa: E402
 from constrained_ft.memory import held_memory, peak_during  # noqa: E402
 from constrained_ft.optimization import build_optimization  # noqa: E402
 from constrained_ft.parts import Parts, build_parts  # noqa: E402
@@ -177,12 +177,7 @@ def machine() -> str:
     """The device in words."""
     if DEVICE.type == "cuda":
         return torch.cuda.get_device_name()
-    found = platform.processor() or platform.machine()
-    cpu = Path("/proc/cpuinfo")
-    if cpu.exists():
-        names = [line for line in cpu.read_text().splitlines() if line.startswith("model name")]
-        found = names[0].partition(": ")[2] if names else found
-    return f"{found}, {os.cpu_count()} cores"
+    return processor()
 
 
 # The loss.

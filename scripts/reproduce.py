@@ -3,11 +3,13 @@
     python scripts/reproduce.py run outputs/comparison          # hours; goes on where it stopped
     python scripts/reproduce.py run outputs/comparison --only toxic/cft
     python scripts/reproduce.py list outputs/comparison         # cells, their commands and state
-    python scripts/reproduce.py render outputs/comparison       # docs/results.md from what is there
+    python scripts/reproduce.py render                          # docs/results.md from the file
 
-A cell is one training run and one measurement of its final model, each a `cft` command of its own;
-what is finished is not done again. The cells are no product of values, so this is a list and no
-sweep: each method has settings of its own. Interrupted runs go on from their newest checkpoint.
+A cell is one training run and one measurement of its final model, each a `cft` command of its own.
+What was measured is added to docs/results.jsonl with its commands, commit and machine; a cell whose
+commands stand there is not done again, so that the comparison can be made in several parts, on
+several machines. The cells are no product of values, so this is a list and no sweep: each method
+has settings of its own. Interrupted runs go on from their newest checkpoint.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +33,12 @@ from constrained_ft.paired import sign_flip
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
+RECORDS = ROOT / "docs" / "results.jsonl"
 FRONT = ROOT / "docs" / "results_front.svg"
 CFT = [sys.executable, "-m", "constrained_ft.cli.main"]
-ITERATIONS = 48
+ITERATIONS = 32
 GLANCE = ["evaluation.max_prompts=16", "evaluation.samples_per_prompt=4"]
-MEASURE = ["--samples-per-prompt", "26", "--max-prompts", "160"]
+MEASURE = ["--samples-per-prompt", "12", "--max-prompts", "160"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,18 +80,20 @@ class Cell:
     def measure(self, root: Path) -> list[str]:
         """Arguments of `cft`."""
         folder = root / self.name
-        # A run shows its base model too: once is enough.
-        model = folder if self == FIRST else folder / "final" / "llm"
-        return ["evaluate", str(model), *MEASURE, "--output", str(folder / "measured.json")]
+        # A run shows its base model too: once is enough in a scenario.
+        shows_base = self.method == CFT_ROW and self.seed == 0
+        model = folder if shows_base else folder / "final" / "llm"
+        how = [*MEASURE, *MEASURES.get(self.scenario, ())]
+        return ["evaluate", str(model), *how, "--output", str(folder / "measured.json")]
+
+    def commands(self) -> list[str]:
+        """What a person types for it."""
+        shown = Path("comparison")
+        return [f"cft {shlex.join(make(shown))}" for make in (self.train, self.measure)]
 
     def is_trained(self, root: Path) -> bool:
         """Whether the run reached its end."""
         return _state(root / self.name) == "finished"
-
-    def measured(self, root: Path) -> dict[str, Any] | None:
-        """What `cft evaluate` wrote; None before it did."""
-        file = root / self.name / "measured.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 SCENARIOS: dict[str, tuple[str, ...]] = {
@@ -95,6 +101,7 @@ SCENARIOS: dict[str, tuple[str, ...]] = {
     "clean": ("experiment=clean_domain",),
     "multi": ("experiment=multi_task",),
 }
+MEASURES = {"multi": ("--evaluation", "detection")}
 SHORTER = {"multi": 2 * ITERATIONS // 3}
 """Iterations of a scenario whose iterations have more steps."""
 CFT_ROW = Method(name="cft", overrides=(), seeds=3)
@@ -111,7 +118,6 @@ MAIN = (
     FILTERED,
     Method(name="rejection", overrides=("trainer=rejection",), seeds=3),
 )
-BENCHMARKED = (CFT_ROW, PLAIN, FILTERED)
 OTHERS = (
     Method(name="overlapped", overrides=("trainer=overlapped",), note="cft, the other schedule"),
     Method(name="grpo", overrides=("trainer=grpo", "trainer.trl.weight=10"), note="TRL"),
@@ -141,7 +147,19 @@ ABLATIONS = (
 )
 
 
-FIRST = Cell(scenario="toxic", method=CFT_ROW, seed=0)
+EXTRAS = {
+    # Control while decoding, on the plainly fine-tuned model.
+    "toxic/decoding": (Cell(scenario="toxic", method=PLAIN, seed=0),),
+    # Accuracy of the base model and of the main methods.
+    "toxic/benchmarks": tuple(
+        Cell(scenario="toxic", method=method, seed=0) for method in (CFT_ROW, PLAIN, FILTERED)
+    ),
+}
+FEW = ("--max-prompts", "2", "--samples-per-prompt", "2")
+EXTRA_FLAGS = {
+    "toxic/decoding": ("--samples-per-prompt", "8", *MEASURE[2:], "--guided", "--best-of", "4"),
+    "toxic/benchmarks": ("--benchmarks", "all", *FEW),
+}
 
 
 def cells() -> list[Cell]:
@@ -165,42 +183,74 @@ def cells() -> list[Cell]:
 
 def run(root: Path, only: str, deadline: float) -> None:
     """Train and measure what is missing, one cell after the other."""
+    done = recorded()
     for cell in cells():
-        if only not in cell.name or time.monotonic() > deadline:
-            continue
-        if not cell.is_trained(root):
-            begun = (root / cell.name / "config.yaml").exists()
-            resume = ["train", "--resume", str(root / cell.name)]
-            if not _cft(resume if begun else cell.train(root), root / cell.name):
-                continue
-        if cell.measured(root) is None:
-            _cft(cell.measure(root), root / cell.name)
-    for extra in (measure_decoding, measure_benchmarks):
-        if not only and time.monotonic() < deadline:
-            extra(root)
+        if only in cell.name and cell.name not in done and time.monotonic() < deadline:
+            _run_cell(cell, root)
+    for name, of_runs in EXTRAS.items():
+        trained = all(Cell.is_trained(cell, root) for cell in of_runs)
+        if only in name and name not in done and trained and time.monotonic() < deadline:
+            output = root / f"{name}.json"
+            if output.exists() or _cft(_extra(name, root), root / name):
+                command = f"cft {shlex.join(_extra(name, Path('comparison')))}"
+                _record(name, [command], output, root / of_runs[-1].name)
 
 
-def measure_decoding(root: Path) -> None:
-    """Control while decoding, on the plainly fine-tuned model of the first seed."""
-    plain = Cell(scenario="toxic", method=PLAIN, seed=0)
-    output = root / "toxic" / "decoding.json"
-    if not output.exists() and plain.is_trained(root):
-        how = ["--samples-per-prompt", "8", "--max-prompts", "160", "--guided", "--best-of", "4"]
-        folder = str(root / plain.name)
-        _cft(["evaluate", folder, *how, "--output", str(output)], output.with_suffix(""))
+def _run_cell(cell: Cell, root: Path) -> None:
+    folder = root / cell.name
+    if not cell.is_trained(root):
+        begun = (folder / "config.yaml").exists()
+        if not _cft(["train", "--resume", str(folder)] if begun else cell.train(root), folder):
+            return
+    if (folder / "measured.json").exists() or _cft(cell.measure(root), folder):
+        _record(cell.name, cell.commands(), folder / "measured.json", folder)
 
 
-def measure_benchmarks(root: Path) -> None:
-    """Accuracy of the base model and of the first seed's main methods, once all are trained."""
-    output = root / "toxic" / "benchmarks.json"
-    main_cells = [Cell(scenario="toxic", method=method, seed=0) for method in BENCHMARKED]
-    if not output.exists() and all(cell.is_trained(root) for cell in main_cells):
-        folders = [str(root / cell.name) for cell in main_cells]
-        few = ["--max-prompts", "2", "--samples-per-prompt", "2"]
-        _cft(
-            ["evaluate", *folders, "--benchmarks", "all", *few, "--output", str(output)],
-            output.with_suffix(""),
-        )
+def _extra(name: str, root: Path) -> list[str]:
+    """Arguments of `cft` that measure several runs, or one in other ways."""
+    folders = [str(root / cell.name) for cell in EXTRAS[name]]
+    return ["evaluate", *folders, *EXTRA_FLAGS[name], "--output", str(root / f"{name}.json")]
+
+
+def _record(name: str, commands: list[str], measured: Path, run: Path) -> None:
+    """Add what was measured to the file, with what the run says of its making."""
+    tree = json.loads(measured.read_text(encoding="utf-8"))
+    made = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    phases = json.loads((run / "phases.json").read_text(encoding="utf-8"))["phases"]
+    spent = metrics.cost(metrics.read(run / "metrics.jsonl"))
+    spent["sampling"] = phases.get("sampling", {}).get("seconds", 0.0)
+    row = {
+        "name": name,
+        "commands": commands,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": made["git_revision"],
+        "machine": f"{made['processor']}, torch {made['versions']['torch']}",
+        "spent": {key.removeprefix("budget/"): round(value, 1) for key, value in spent.items()},
+        "models": [_rounded(model) for model in tree["models"]],
+        "differences": [
+            _rounded(one) for one in tree["differences"] if one["measure"] == "benchmarks"
+        ],
+    }
+    with RECORDS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    """Four digits after the point: far below every interval."""
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def recorded() -> dict[str, dict[str, Any]]:
+    """The newest row of every name that was measured with today's commands."""
+    wanted = {cell.name: cell.commands() for cell in cells()}
+    wanted |= {n: [f"cft {shlex.join(_extra(n, Path('comparison')))}"] for n in EXTRAS}
+    lines = RECORDS.read_text(encoding="utf-8").splitlines() if RECORDS.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return {row["name"]: row for row in rows if row["commands"] == wanted.get(row["name"])}
 
 
 def _cft(arguments: Sequence[str], folder: Path) -> bool:
@@ -269,21 +319,19 @@ def _pick(tree: dict[str, Any], path: str) -> dict[str, float]:
     return tree
 
 
-def rows_of(root: Path, scenario: str) -> list[Row]:
+def rows_of(scenario: str) -> list[Row]:
     """What there is of a scenario, in the order of `cells`."""
+    done = recorded()
     found: dict[str, list[dict[str, Any]]] = {}
-    for cell in sorted(
-        (cell for cell in cells() if cell.scenario == scenario), key=lambda cell: cell.seed
-    ):
-        tree = cell.measured(root)
-        if tree is None:
+    for cell in sorted(cells(), key=lambda cell: cell.seed):
+        if cell.scenario != scenario or cell.name not in done:
             continue
-        if cell == FIRST:
-            found["base"] = [tree["models"][0]]
-        found.setdefault(cell.method.name, []).append(tree["models"][-1])
-    decoding = root / scenario / "decoding.json"
-    if decoding.exists():
-        models = json.loads(decoding.read_text(encoding="utf-8"))["models"]
+        *base, model = done[cell.name]["models"]
+        if base:
+            found["base"] = base
+        found.setdefault(cell.method.name, []).append(model)
+    if f"{scenario}/decoding" in done:
+        models = done[f"{scenario}/decoding"]["models"]
         for model, label in zip(models[2:], ("sft, R guides", "sft, best of 4"), strict=True):
             found[label] = [model]
     return [Row(label=label, models=tuple(models)) for label, models in found.items()]
@@ -334,11 +382,11 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     figure.savefig(file)
 
 
-def render(root: Path) -> None:
-    """Write the page and its plot from what is measured."""
+def render() -> None:
+    """Write the page and its plot from what is recorded."""
     lines = [HEAD]
     for scenario, title in TITLES.items():
-        rows = rows_of(root, scenario)
+        rows = rows_of(scenario)
         if not rows:
             continue
         lines += [f"## {title}", "", *table(rows), ""]
@@ -346,9 +394,10 @@ def render(root: Path) -> None:
             plot(rows, FRONT)
             lines += [*_notes(rows), ""]
             lines += [f"![toxic share against perplexity]({FRONT.name})", ""]
-            lines += [*_benchmarks(root)]
-    lines += ["## What a cell costs", "", *_costs(root), ""]
-    lines += ["## Every cell", "", *_commands(root)]
+            lines += [*_benchmarks()]
+        lines += [*_detection(rows)]
+    lines += ["## What a cell costs", "", *_costs(), ""]
+    lines += ["## Every cell", "", *_commands()]
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(PAGE)
 
@@ -361,13 +410,12 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
             yield f"- {method.name}: {method.note}"
 
 
-def _benchmarks(root: Path) -> Iterator[str]:
-    file = root / "toxic" / "benchmarks.json"
-    if not file.exists():
+def _benchmarks() -> Iterator[str]:
+    row = recorded().get("toxic/benchmarks")
+    if row is None:
         return
-    tree = json.loads(file.read_text(encoding="utf-8"))
-    models = tree["models"]
-    labels = ["base", *(method.name for method in BENCHMARKED)]
+    models = row["models"]
+    labels = ["base", *(cell.method.name for cell in EXTRAS["toxic/benchmarks"])]
     called = dict(zip([model["model"] for model in models], labels, strict=True))
     names = list(models[0]["benchmarks"])
     yield "Accuracy, 250 items each, 95 % intervals over items (`cft evaluate --benchmarks all`):"
@@ -382,42 +430,61 @@ def _benchmarks(root: Path) -> Iterator[str]:
         whole = f"{100 * mean['mean']:.1f} ({100 * mean['low']:.1f}–{100 * mean['high']:.1f})"
         yield f"| {label} | {' | '.join(cells_)} | {whole} |"
     yield ""
-    for one in tree["differences"]:
-        if one["measure"] == "benchmarks":
-            points = [100 * one["difference"][part] for part in ("mean", "low", "high")]
-            yield (
-                f"- {called[one['model']]} against {called[one['other']]}, the same items: "
-                f"{points[0]:+.1f} points ({points[1]:+.1f} to {points[2]:+.1f})"
-            )
+    for one in row["differences"]:
+        points = [100 * one["difference"][part] for part in ("mean", "low", "high")]
+        yield (
+            f"- {called[one['model']]} against {called[one['other']]}, the same items: "
+            f"{points[0]:+.1f} points ({points[1]:+.1f} to {points[2]:+.1f})"
+        )
     yield ""
 
 
-def _costs(root: Path) -> Iterator[str]:
-    yield "| cell | training, s | of that sampling, s | scored completions | machine |"
-    yield "| --- | --- | --- | --- | --- |"
+def _detection(rows: Sequence[Row]) -> Iterator[str]:
+    """How well labelled texts are told apart, where that was measured."""
+    with_it = [row for row in rows if row.models[0]["detection"]]
+    if not with_it:
+        return
+    detectors = list(with_it[0].models[0]["detection"])
+    measures = list(with_it[0].models[0]["detection"][detectors[0]]["measures"])
+    columns = [f"{measure}, {detector}" for detector in detectors for measure in measures]
+    yield f"| | {' | '.join(columns)} |"
+    yield "|" + " --- |" * (len(columns) + 1)
+    for row in with_it:
+        found = row.models[0]["detection"]
+        shown = [
+            "{mean:.3f} ({low:.3f}–{high:.3f})".format(**found[detector]["measures"][measure])
+            for detector in detectors
+            for measure in measures
+        ]
+        yield f"| {row.label} | {' | '.join(shown)} |"
+    yield ""
+
+
+def _costs() -> Iterator[str]:
+    yield (
+        "| cell | training, s | of that sampling, s | scored completions | trained tokens | "
+        "machine | commit |"
+    )
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    done = recorded()
     for cell in cells():
-        folder = root / cell.name
-        if cell.measured(root) is None:
-            continue
-        last = metrics.read(folder / "metrics.jsonl")[-1]
-        phases = json.loads((folder / "phases.json").read_text(encoding="utf-8"))["phases"]
-        machine = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-        sampling = phases.get("sampling", {}).get("seconds", 0.0)
-        yield (
-            f"| {cell.name} | {last['budget/seconds']:.0f} | {sampling:.0f} | "
-            f"{last['budget/scored_samples']:.0f} | {machine['machine']}, "
-            f"{machine['cpu_count']} cores, torch {machine['versions']['torch']} |"
-        )
+        if cell.name in done:
+            row = done[cell.name]
+            spent = row["spent"]
+            yield (
+                f"| {cell.name} | {spent['seconds']:.0f} | {spent['sampling']:.0f} | "
+                f"{spent['scored_samples']:,.0f} | {spent['trained_tokens']:,.0f} | "
+                f"{row['machine']} | {(row['commit'] or 'a wheel')[:9]} |"
+            )
 
 
-def _commands(root: Path) -> Iterator[str]:
-    done = [cell for cell in cells() if cell.measured(root) is not None]
-    missing = [cell.name for cell in cells() if cell.measured(root) is None]
+def _commands() -> Iterator[str]:
+    done = recorded()
     yield "```bash"
-    for cell in done:
-        yield f"cft {shlex.join(cell.train(Path('comparison')))}"
-        yield f"cft {shlex.join(cell.measure(Path('comparison')))}"
+    for row in done.values():
+        yield from row["commands"]
     yield "```"
+    missing = [name for name in (*(cell.name for cell in cells()), *EXTRAS) if name not in done]
     if missing:
         yield ""
         yield f"Not run yet: {', '.join(missing)}."
@@ -432,10 +499,10 @@ HEAD = f"""# Results
 
 Written by `python scripts/reproduce.py render` from runs of `python scripts/reproduce.py run`;
 nothing here is typed by hand. Every model is SmolLM2-135M, trained for {ITERATIONS} iterations of
-two steps (half of the default run), and completes the same 158 held-out prompts of
-RealToxicityPrompts 26 times with the same random numbers. `toxic` is the classifier that training
+two steps (a third of the default run), and completes the same 158 held-out prompts of
+RealToxicityPrompts 12 times with the same random numbers. `toxic` is the classifier that training
 is given, `offensive words` a list that it never sees, `prompts with any` the share of prompts
-with at least one toxic completion of the 26. In brackets: the 95 % bootstrap interval over
+with at least one toxic completion of the 12. In brackets: the 95 % bootstrap interval over
 prompts, or the seeds one by one. Differences are prompt by prompt, with the p-value of the
 sign-flip test. What the columns say is in [evaluation.md](evaluation.md).
 """
@@ -447,19 +514,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("what", choices=("run", "list", "render"))
-    parser.add_argument("root", type=Path, help="folder of the runs")
+    parser.add_argument("root", type=Path, nargs="?", help="folder of the runs")
     parser.add_argument("--only", default="", help="cells whose name contains this")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin none later")
     given = parser.parse_args()
+    if given.what == "render":
+        render()
+        return
+    if given.root is None:
+        parser.error(f"{given.what} needs the folder of the runs")
     if given.what == "run":
         run(given.root, given.only, time.monotonic() + 60 * given.minutes)
-    elif given.what == "render":
-        render(given.root)
-    else:
-        for cell in cells():
-            if given.only in cell.name:
-                state = "measured" if cell.measured(given.root) else _state(given.root / cell.name)
-                print(f"{cell.name}: {state}\n  cft {shlex.join(cell.train(given.root))}")
+        return
+    done = recorded()
+    for cell in cells():
+        if given.only in cell.name:
+            state = "measured" if cell.name in done else _state(given.root / cell.name)
+            print(f"{cell.name}: {state}\n  cft {shlex.join(cell.train(given.root))}")
 
 
 if __name__ == "__main__":

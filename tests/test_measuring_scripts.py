@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import math
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -51,7 +53,9 @@ def model(shares: dict[str, float], perplexity: float) -> dict[str, Any]:
     group: dict[str, Any] = {"violation": interval, "any_violation": interval}
     group |= {"judges": {"judge": interval}, "violation_by_prompt": shares}
     group |= {"distinct_2": 0.75, "empty": 0.01, "length": 18.0}
-    return {"groups": {"prompts": group}, "perplexity": {"news": {"mean": perplexity}}}
+    return {"groups": {"prompts": group}, "perplexity": {"news": {"mean": perplexity}}} | {
+        "detection": {}
+    }
 
 
 def test_the_page_says_what_was_measured(
@@ -67,15 +71,22 @@ def test_the_page_says_what_was_measured(
     for name, models in measured.items():
         folder = tmp_path / name
         folder.mkdir(parents=True)
-        (folder / "measured.json").write_text(json.dumps({"models": models}))
-        row = {"budget/seconds": 61.4, "budget/scored_samples": 512.0}
+        (folder / "measured.json").write_text(json.dumps({"models": models, "differences": []}))
+        row = {"budget/seconds": 61.4, "budget/scored_samples": 512, "budget/trained_tokens": 9e4}
         (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
         (folder / "phases.json").write_text(json.dumps({"phases": {"sampling": {"seconds": 20}}}))
-        machine = {"machine": "x86_64", "cpu_count": 2, "versions": {"torch": "2.13.0"}}
-        (folder / "environment.json").write_text(json.dumps(machine))
-    monkeypatch.setattr(script, "PAGE", tmp_path / "results.md")
-    monkeypatch.setattr(script, "FRONT", tmp_path / "front.svg")
-    script.render(tmp_path)
+        made = {"processor": "a CPU, 2 cores", "versions": {"torch": "2.13.0"}}
+        (folder / "environment.json").write_text(json.dumps(made | {"git_revision": "0123abc"}))
+        (folder / "status.json").write_text(json.dumps({"state": "finished"}))
+    for what, file in (("PAGE", "results.md"), ("FRONT", "front.svg"), ("RECORDS", "r.jsonl")):
+        monkeypatch.setattr(script, what, tmp_path / file)
+    for name in measured:
+        script.run(tmp_path, name, math.inf)
+    # What stands in the file is not done again, and needs the folders no longer.
+    for name in measured:
+        shutil.rmtree(tmp_path / name)
+        script.run(tmp_path, name, math.inf)
+    script.render()
     page = (tmp_path / "results.md").read_text(encoding="utf-8")
     (row,) = [line for line in page.splitlines() if line.startswith("| cft |")]
     # Two seeds: 5.97 % and 8 %; 15 and 13 points below plain fine-tuning on every prompt.
@@ -84,6 +95,9 @@ def test_the_page_says_what_was_measured(
     assert "p < 0.001" in row
     assert "29.00 (28.50 29.50)" in row
     assert "| base | 10.0 %" in page
+    assert (
+        "| toxic/cft/1 | 61 | 20 | 512 | 90,000 | a CPU, 2 cores, torch 2.13.0 | 0123abc |" in page
+    )
     assert "toxic/cft/2" in page.partition("Not run yet: ")[2]
     assert (tmp_path / "front.svg").stat().st_size > 1000
 
