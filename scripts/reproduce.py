@@ -36,7 +36,7 @@ PAGE = ROOT / "docs" / "results.md"
 RECORDS = ROOT / "docs" / "results.jsonl"
 FRONT = ROOT / "docs" / "results_front.svg"
 CFT = [sys.executable, "-m", "constrained_ft.cli.main"]
-ITERATIONS = 32
+ITERATIONS = 30
 GLANCE = ["evaluation.max_prompts=16", "evaluation.samples_per_prompt=4"]
 MEASURE = ["--samples-per-prompt", "12", "--max-prompts", "160"]
 
@@ -499,7 +499,7 @@ HEAD = f"""# Results
 
 Written by `python scripts/reproduce.py render` from runs of `python scripts/reproduce.py run`;
 nothing here is typed by hand. Every model is SmolLM2-135M, trained for {ITERATIONS} iterations of
-two steps (a third of the default run), and completes the same 158 held-out prompts of
+two steps (the default run has 96), and completes the same 158 held-out prompts of
 RealToxicityPrompts 12 times with the same random numbers. `toxic` is the classifier that training
 is given, `offensive words` a list that it never sees, `prompts with any` the share of prompts
 with at least one toxic completion of the 12. In brackets: the 95 % bootstrap interval over
