@@ -50,6 +50,11 @@ METRICS: dict[str, tuple[str, str]] = {
         "mean |R - product of the terms' heads| half-way: how far the terms are from independent",
         "0 to 1",
     ),
+    "terms/joint_auc": (
+        "ROC area of one head for all terms together, half-way, held-out prompts",
+        "0 to 1",
+    ),
+    "terms/product_auc": ("the same of the product of the terms' heads", "0 to 1"),
     "terms/outside_bounds": (
         "share of prefixes where R leaves the Fréchet bounds of the terms' heads by over 0.02",
         "share",

@@ -3,7 +3,8 @@
 The joint R, fitted to the product of the labels, is exact and the only one that trains the LLM. The
 heads are logistic regressions on the hidden state half-way through each completion, fitted anew in
 every iteration; they say which constraint is hard to foresee, and whether the constraints are
-independent: were they, the product of the heads would be R. Whatever they are, R lies between the
+independent: were they, the product of the heads would be R. One more head, fitted to
+"all hold", says what such a product would cost as a guide. Whatever they are, R lies between the
 Fréchet bounds  max(0, sum_j R_j - (J - 1)) <= R <= min_j R_j.
 
 Shape suffixes:  N rollouts, T completion positions, D hidden width, J terms.
@@ -49,13 +50,19 @@ def measure_terms(
     bounds_J = labeled.scores_NJ.new_tensor([term.satisfied_at for term in terms.values()])
     satisfied_NJ = labeled.scores_NJ >= bounds_J
     kept, held_out = split_by_prompt(labeled, config.auxiliary, config.seed)
+    all_N = satisfied_NJ.all(-1)
     with seed_everything(seed_for(config.seed, "terms", rollouts.iteration)):
         probs_MJ = _foresee(states_ND[kept], satisfied_NJ[kept], states_ND[held_out])
+        all_M = _foresee(states_ND[kept], all_N[kept, None], states_ND[held_out])[:, 0]
     metrics = {}
     for j, name in enumerate(terms):
         area = area_under_curve(probs_MJ[:, j], satisfied_NJ[held_out, j].float())
         if area is not None:
             metrics[f"term/{name}/auc"] = area
+    for name, guess_M in (("joint_auc", all_M), ("product_auc", probs_MJ.prod(-1))):
+        area = area_under_curve(guess_M, all_N[held_out].float())
+        if area is not None:
+            metrics[f"terms/{name}"] = area
     if not config.constraint.has_hard_labels:
         return metrics  # R is no probability of satisfaction then
     # R after the token before: what the head's hidden state has seen.

@@ -68,12 +68,20 @@ def test_a_run_under_two_constraints_reports_both(tmp_path: Path) -> None:
     assert [row[0].strip() for row in table if "of " in row[0]][:2] == ["of nontoxic", "of brief"]
 
 
-def foreseen(outside: float) -> dict[str, float]:
-    """Of two independent terms that the hidden states show; R is off by `outside`."""
+def foreseen(outside: float, *, dependent: bool = False) -> dict[str, float]:
+    """Of two independent terms that the hidden states show; R is off by `outside`.
+
+    Dependent ones hold together or not at all, half of the time, where a state says so; else each
+    holds in three of five cases.
+    """
     config = small_config(*TERMS, "constraint.terms.nontoxic.labels=hard")
-    count, steps = 800, 4
+    count, steps = 3200 if dependent else 800, 4
     hidden_NTD = torch.randn(count, steps, 8, generator=torch.Generator().manual_seed(0))
     held_NJ = hidden_NTD[:, steps // 2, :2] > -0.3
+    if dependent:
+        chance_NJ = torch.rand(count, 2, generator=torch.Generator().manual_seed(1))
+        together_N = hidden_NTD[:, steps // 2, 0] > 0
+        held_NJ = torch.where(together_N[:, None], chance_NJ[:, :1] < 0.5, chance_NJ < 0.6)
     prompts = tuple(
         Prompt(id=str(i), text="", group="prompts", token_ids=(0,)) for i in range(count // 4)
     )
@@ -100,6 +108,10 @@ def test_the_heads_of_the_terms_foresee_them_and_bound_r() -> None:
     assert well["terms/product_gap"] < 0.3 < wrong["terms/product_gap"]
     assert well["terms/outside_bounds"] < wrong["terms/outside_bounds"]
     assert wrong["terms/outside_bounds"] > 0.5
+    assert well["terms/product_auc"] > well["terms/joint_auc"] > 0.7
+    # 0.36 < 0.5 is how often both hold, and 0.36 > 0.25 is what the product says.
+    dependent = foreseen(0.0, dependent=True)
+    assert dependent["terms/product_auc"] < 0.5 < dependent["terms/joint_auc"]
 
 
 def test_a_run_with_solved_tilts_is_continued_to_the_same_weights(tmp_path: Path) -> None:
