@@ -224,7 +224,8 @@ def _record(name: str, commands: list[str], measured: Path, run: Path) -> None:
         "commands": commands,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": made["git_revision"],
-        "machine": f"{made['processor']}, torch {made['versions']['torch']}",
+        "machine": f"{made['processor']}, OMP_NUM_THREADS={made['threads']}, "
+        f"torch {made['versions']['torch']}",
         "spent": {key.removeprefix("budget/"): round(value, 1) for key, value in spent.items()},
         "models": [_rounded(model) for model in tree["models"]],
         "differences": [
