@@ -17,6 +17,8 @@ import peft
 import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from small import SHAPES, run, small_config, tiny_llm
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, PreTrainedModel
@@ -328,6 +330,37 @@ def test_what_the_card_says_runs(form: str, base: Path, merged: Path, adapter: P
     assert names["said"].shape[1] > len("The weather today")
     library = "peft" if form == "adapter" else "transformers"
     assert f"library_name: {library}\n" in card
+
+
+def log_likelihood(model: nn.Module, context: str, continuation: str) -> tuple[float, bool]:
+    """Of a continuation, in nats, and whether greedy search says it: one pass, by hand."""
+    tokenizer = byte_tokenizer()
+    start = len(tokenizer(context)["input_ids"])
+    ids = torch.tensor(tokenizer(context + continuation)["input_ids"])
+    with torch.no_grad():
+        log_p_TV = model(ids[None]).logits[0, :-1].double().log_softmax(-1)[start - 1 :]
+    said_T = ids[start:]
+    log = log_p_TV.gather(1, said_T[:, None]).sum()
+    return float(log), bool((log_p_TV.argmax(-1) == said_T).all())
+
+
+@pytest.mark.parametrize("form", ["merged", "adapter"])
+def test_lm_eval_loads_an_export_and_reads_the_same_likelihoods(
+    form: str, base: Path, merged: Path, adapter: Path
+) -> None:
+    given = {"pretrained": str(merged)}
+    if form == "adapter":
+        given = {"pretrained": str(base), "peft": str(adapter)}
+    harness = HFLM(**given, device="cpu", dtype="float32", batch_size=2)
+    asked = [(text, said) for text in PROMPTS for said in (" opened the door.", " was", "e")]
+    requests = [Instance("loglikelihood", {}, pair, at) for at, pair in enumerate(asked)]
+    found = harness.loglikelihood(requests, disable_tqdm=True)
+    tuned, before = load(merged), load(base)
+    for (log, greedy), pair in zip(found, asked, strict=True):
+        expected, is_greedy = log_likelihood(tuned, *pair)
+        assert log == pytest.approx(expected, abs=1e-4)
+        assert greedy == is_greedy
+        assert abs(log - log_likelihood(before, *pair)[0]) > 1e-2
 
 
 def test_an_adapter_of_a_hub_model_names_it(finished: Path, tmp_path: Path) -> None:
