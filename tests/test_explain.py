@@ -10,8 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from playwright.sync_api import Browser
 from small import LENGTH, LETTERS, TABLE, run, small_config
 from torch import Tensor
+from visit import Scheme, Visit
 
 from constrained_ft.auxiliary import Auxiliary, FrozenAuxiliary
 from constrained_ft.cli.main import main
@@ -234,6 +236,8 @@ HOSTILE = (
     Word(tokens=(token(' "x" onclick=', +1.0, 0.4), token("&amp;", 0.1, 0.5))),
 )
 
+SHADES = [("word", evidence) for evidence in (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)]
+
 
 class Page(HTMLParser):
     def __init__(self, text: str) -> None:
@@ -262,6 +266,31 @@ def test_the_page_is_self_contained_and_shows_hostile_text_as_text() -> None:
     assert len(links) == 4
     for said in ("<script>alert(1)</script>", "<b>bold</b>", "runs/<one>", "other", "-3.0"):
         assert said in found.text
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_is_quiet_asks_nobody_and_is_fit_for_all(
+    browser: Browser, tmp_path: Path, scheme: Scheme
+) -> None:
+    lines = tuple(
+        Word(tokens=(token(f" {text}", evidence, 0.5),))
+        for text, evidence in (("\n", 0.0), ("x" * 300, -9.0), ("", 9.0), *SHADES)
+    )
+    run = explained(*HOSTILE, *lines, prompt="<img src=x onerror='window.hit = 1'>")
+    html = tmp_path / "page.html"
+    html.write_text(page([run, replace(run, name="other")]), encoding="utf-8")
+    visit = Visit(browser, html.as_uri(), scheme=scheme)
+    for width in (1280, 380):
+        visit.page.set_viewport_size({"width": width, "height": 900})
+        assert visit.overflow() <= 0
+        assert visit.serious_faults() == []
+    # A word leads to its row, by the keyboard too.
+    visit.page.locator(".word").first.press("Enter")
+    assert visit.page.locator("tr:target").count() == 1
+    assert visit.page.evaluate("window.hit") is None
+    assert visit.complaints == []
+    assert visit.asked == [html.as_uri()]
+    visit.page.close()
 
 
 def test_the_summary_names_the_strongest_word_and_what_is_missing() -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from markdown_it import MarkdownIt
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser
 
 from constrained_ft import metrics
 from constrained_ft.cli.main import main
@@ -21,6 +20,7 @@ from constrained_ft.report import report_command
 from constrained_ft.report.figures import bars_of
 from constrained_ft.report.text import visible
 from tests.small import run, small_config
+from tests.visit import Scheme, Visit
 
 HOSTILE = (
     "<script>window.hit = 1</script><img src=x onerror='window.hit = 1'>"
@@ -284,31 +284,11 @@ def test_no_character_acts_or_hides() -> None:
 # In a browser -------------------------------------------------------------------------------------
 
 
-class Visit:
-    """A page, and everything that it asked for or complained of."""
-
-    def __init__(self, browser: Browser, file: Path, scheme: str = "light"):
-        self.complaints: list[str] = []
-        self.asked: list[str] = []
-        self.page: Page = browser.new_page(
-            viewport={"width": 1280, "height": 900},
-            color_scheme="dark" if scheme == "dark" else "light",
-        )
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.goto(file.as_uri())
-
-    def overflow(self) -> int:
-        found = self.page.evaluate("document.documentElement.scrollWidth - innerWidth")
-        return int(found)
-
-
 @pytest.mark.parametrize("name", [*CASES, "twenty"])
 def test_a_page_opens_quietly_and_fits_a_phone(
     browser: Browser, pages: dict[str, Path], name: str
 ) -> None:
-    visit = Visit(browser, pages[name])
+    visit = Visit(browser, pages[name].as_uri())
     for width in (1280, 380):
         visit.page.set_viewport_size({"width": width, "height": 900})
         assert visit.overflow() <= 0
@@ -330,18 +310,16 @@ def test_a_page_opens_quietly_and_fits_a_phone(
     [("finished", "light"), ("finished", "dark"), ("failed", "light"), ("twenty", "dark")],
 )
 def test_axe_finds_no_serious_fault(
-    browser: Browser, pages: dict[str, Path], name: str, scheme: str
+    browser: Browser, pages: dict[str, Path], name: str, scheme: Scheme
 ) -> None:
-    visit = Visit(browser, pages[name], scheme=scheme)
+    visit = Visit(browser, pages[name].as_uri(), scheme=scheme)
     visit.page.evaluate("document.querySelectorAll('details').forEach((one, i) => one.open = !i)")
-    found = Axe().run(visit.page).response["violations"]
-    serious = [one for one in found if one["impact"] in ("serious", "critical")]
-    assert not serious, [(one["id"], one["nodes"][0]["html"][:200]) for one in serious]
+    assert visit.serious_faults() == []
     visit.page.close()
 
 
 def test_every_figure_of_a_finished_run_is_drawn(browser: Browser, pages: dict[str, Path]) -> None:
-    page = Visit(browser, pages["finished"]).page
+    page = Visit(browser, pages["finished"].as_uri()).page
     drawn = {one.get_attribute("id") for one in page.locator("figure").all()}
     expected = (
         *("before-and-after", "satisfaction", "scorer-and-judge", "cross-entropy", "kl", "lambda"),
@@ -351,7 +329,7 @@ def test_every_figure_of_a_finished_run_is_drawn(browser: Browser, pages: dict[s
     legend = page.locator("#figure-scorer-and-judge svg text").all_text_contents()
     assert {"training scorer", "judge"} <= set(legend)
     # The colours are the theme's.
-    dark = Visit(browser, pages["finished"], scheme="dark").page
+    dark = Visit(browser, pages["finished"].as_uri(), scheme="dark").page
     light_ink, dark_ink = (
         one.locator("#figure-kl svg text").first.evaluate("node => getComputedStyle(node).fill")
         for one in (page, dark)
@@ -362,7 +340,7 @@ def test_every_figure_of_a_finished_run_is_drawn(browser: Browser, pages: dict[s
 def test_a_violation_is_blurred_until_it_is_clicked(
     browser: Browser, pages: dict[str, Path]
 ) -> None:
-    page = Visit(browser, pages["finished"]).page
+    page = Visit(browser, pages["finished"].as_uri()).page
     veil = page.locator(".samples").first.locator(".veil", has_text="tuned 0").first
     blur = "node => getComputedStyle(node).filter"
     assert "blur" in veil.locator(".said").evaluate(blur)
@@ -384,7 +362,7 @@ def test_a_violation_is_blurred_until_it_is_clicked(
 
 
 def test_a_heading_sorts_its_column(browser: Browser, pages: dict[str, Path]) -> None:
-    page = Visit(browser, pages["finished"]).page
+    page = Visit(browser, pages["finished"].as_uri()).page
     table = page.locator(".samples").first
 
     def column(number: int) -> list[float]:
@@ -401,7 +379,7 @@ def test_a_heading_sorts_its_column(browser: Browser, pages: dict[str, Path]) ->
     assert column(4) == sorted(before, reverse=True)
     assert head.get_attribute("aria-sort") == "descending"
     # Runs, by a column of words and numbers.
-    page = Visit(browser, pages["twenty"]).page
+    page = Visit(browser, pages["twenty"].as_uri()).page
     runs = page.locator("table.sortable").first
     names = runs.locator("tbody tr > :first-child")
     runs.locator("thead th").first.locator("button").click()

@@ -10,17 +10,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 import pytest
 import uvicorn
-from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser
 from small import run, small_config
+from visit import Scheme, Visit
 
 from constrained_ft.cli.main import main
 from constrained_ft.cli.serve import _rules
@@ -445,25 +445,21 @@ class Hostile(Explorer):
             yield Answer(voice=voice, words=(Word(tokens=(token,)),), satisfaction=0.5, score=None)
 
 
-class Visit:
-    """A page, and everything that it asked for or complained of."""
+class Asking(Visit):
+    """A visit of the page that `cft serve` shows, and the questions that it sent."""
 
-    def __init__(self, page: Page, url: str) -> None:
-        self.page = page
-        self.complaints: list[str] = []
-        self.asked: list[str] = []
+    def __init__(
+        self, browser: Browser, url: str, *, width: int = 1280, scheme: Scheme = "light"
+    ) -> None:
+        super().__init__(browser, url, width=width, scheme=scheme)
         self.sent: list[dict[str, Any]] = []
-        page.on("console", lambda message: self.complaints.append(message.text))
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.on("request", lambda request: self.asked.append(request.url))
-        page.on(
+        self.page.on(
             "request",
             lambda request: (
                 self.sent.append(request.post_data_json) if request.method == "POST" else None
             ),
         )
-        page.goto(url)
-        page.get_by_role("heading", level=1, name="small").wait_for()
+        self.page.get_by_role("heading", level=1, name="small").wait_for()
 
     def done(self) -> None:
         self.page.get_by_role("status").get_by_text("Done in").wait_for()
@@ -471,23 +467,14 @@ class Visit:
     def said(self) -> list[str]:
         return self.page.locator(".said").all_text_contents()
 
-    def serious_faults(self) -> list[tuple[str, str]]:
-        found: Sequence[dict[str, Any]] = Axe().run(self.page).response["violations"]
-        return [
-            (one["id"], one["nodes"][0]["html"][:200])
-            for one in found
-            if one["impact"] in ("serious", "critical")
-        ]
-
 
 @contextmanager
 def visiting(
-    browser: Browser, url: str, *, width: int = 1280, scheme: Literal["light", "dark"] = "light"
-) -> Iterator[Visit]:
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    visit = Visit(page, url)
+    browser: Browser, url: str, *, width: int = 1280, scheme: Scheme = "light"
+) -> Iterator[Asking]:
+    visit = Asking(browser, url, width=width, scheme=scheme)
     yield visit
-    page.close()
+    visit.page.close()
     assert visit.complaints == []
     assert all(one.startswith((url, "data:")) for one in visit.asked), visit.asked
 
@@ -536,7 +523,7 @@ def test_a_visit(explorer: Explorer, browser: Browser) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_what_a_model_says_is_text_and_the_page_is_fit_for_all(
-    explorer: Explorer, browser: Browser, scheme: Literal["light", "dark"]
+    explorer: Explorer, browser: Browser, scheme: Scheme
 ) -> None:
     with (
         served(Hostile(**vars(explorer))) as url,
