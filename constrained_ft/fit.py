@@ -204,16 +204,17 @@ def _settle_scalars(auxiliary: Auxiliary, sample: Examples) -> None:
 
 
 def _epoch_order(training: Examples, *, balanced: bool) -> tuple[Tensor, float]:
-    """A random order of the rows, violating ones repeated when balanced, and the logit shift."""
+    """A random order of the rows, the rarer kind repeated when balanced, and the logit shift."""
     rows = torch.arange(len(training), device=training.labels_N.device)
-    violating = rows[training.labels_N < 0.5]
-    satisfied = len(training) - len(violating)
+    is_satisfied = training.labels_N >= 0.5
+    satisfied, violating = rows[is_satisfied], rows[~is_satisfied]
     shift = 0.0
-    if balanced and 0 < len(violating) < satisfied:
-        copies = max(1, round(satisfied / len(violating)))
-        rows = torch.cat([rows, violating.repeat(copies - 1)])
-        # Satisfied rows are kept at 1 / copies of the violating rows' rate.
-        shift = equations.balanced_shift(1 / copies, 1.0)
+    if balanced and len(satisfied) > 0 and len(violating) > 0:
+        rarer, other = sorted((satisfied, violating), key=len)
+        copies = round(len(other) / len(rarer))
+        rows = torch.cat([rows, rarer.repeat(copies - 1)])
+        counts = (copies, 1) if rarer is satisfied else (1, copies)
+        shift = equations.balanced_shift(*counts)
     return rows[torch.randperm(len(rows)).to(rows.device)], shift
 
 

@@ -1,7 +1,9 @@
 """The auxiliary R: what it may look at, what it learns, and how its quality is measured."""
 
 import json
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from constrained_ft.distributed import StopRequest
 from constrained_ft.errors import CheckpointError
 from constrained_ft.fit import (
     Examples,
+    _epoch_order,
     _with_td_targets,
     area_under_curve,
     bins,
@@ -283,6 +286,17 @@ def test_balancing_leaves_r_calibrated(*, balanced: bool) -> None:
     unseen = rollouts_of(200, 4, seed=9)
     r_NT = logits_of(auxiliary.frozen(), unseen).sigmoid()
     assert float(r_NT.mean()) == pytest.approx(float(unseen.labels_N.mean()), abs=0.05)
+
+
+@pytest.mark.parametrize("rare", [True, False])
+def test_balancing_repeats_the_rarer_kind(*, rare: bool) -> None:
+    labeled = rollouts_of(5, 4)
+    labels_N = torch.full((20,), float(not rare))
+    labels_N[[3, 7]] = float(rare)
+    labeled = replace(labeled, labels_N=labels_N)
+    order, shift = _epoch_order(Examples.of(labeled, torch.arange(20), STEPS, 1.0), balanced=True)
+    assert torch.bincount(order)[[2, 3, 7]].tolist() == [1, 9, 9]
+    assert shift == pytest.approx(math.log(9) if rare else -math.log(9))
 
 
 def test_fitting_leaves_a_frozen_copy_alone() -> None:
