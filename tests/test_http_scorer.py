@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from small import SMALL
 
+from constrained_ft import service
 from constrained_ft.compose import compose
 from constrained_ft.errors import ConfigError, ScorerError
 from constrained_ft.scorer_config import HttpScorerConfig
@@ -23,7 +24,6 @@ from constrained_ft.scorers import (
     Score,
     ScoreFailure,
     build_scorer,
-    http,
     probe,
     score_all,
     valid,
@@ -239,7 +239,7 @@ def test_what_is_no_score_is_a_failure_that_says_why(
 def test_a_service_that_is_down_is_waited_for_and_then_given_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("constrained_ft.scorers.http._FIRST_PATIENCE", 1.0)
+    monkeypatch.setattr("constrained_ft.service._FIRST_PATIENCE", 1.0)
     with faulty.FaultyService(faulty=False) as service:
         port = service.port
     scorer = build_scorer(config(f"http://127.0.0.1:{port}/", patience=20.0, in_flight=4))
@@ -401,15 +401,17 @@ def test_a_service_that_is_gone_for_good_ends_the_run_resumably(tmp_path: Path) 
 def test_waits_grow_with_the_failures_of_all_and_with_refusals_of_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(http.random, "uniform", lambda low, high: high)
+    monkeypatch.setattr(service.random, "uniform", lambda low, high: high)
 
-    def wait(error: http._Passing, failures: int) -> float:
+    def wait(error: service.Passing, failures: int) -> float:
         outcome = SimpleNamespace(exception=lambda: error)
-        return http._pause(SimpleNamespace(outcome=outcome, attempt_number=5), failures)  # type: ignore[arg-type]
+        return service._pause(SimpleNamespace(outcome=outcome, attempt_number=5), failures)  # type: ignore[arg-type]
 
-    broken, busy = http._Passing("status 500"), http._Passing("status 429", busy=True)
+    broken, busy = service.Passing("status 500"), service.Passing("status 429", busy=True)
     assert wait(broken, failures=0) == 0.25  # those beside it succeed
     assert wait(broken, failures=2) == 1.0
     assert wait(broken, failures=50) == 4.0
     assert wait(busy, failures=0) == 4.0
-    assert wait(http._Passing("status 429", busy=True, wait=2.0), failures=0) == pytest.approx(2.2)
+    assert wait(service.Passing("status 429", busy=True, wait=2.0), failures=0) == pytest.approx(
+        2.2
+    )
