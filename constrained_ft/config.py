@@ -462,11 +462,37 @@ class TrainerConfig(Section):
 class SamplerConfig(Section):
     """How completions are sampled."""
 
-    kind: Literal["cft", "hf"]
+    kind: Literal["cft", "hf", "vllm_server"]
     """cft: this package's sampler. hf: transformers' `generate`, slower, for models that the former
-    does not get right; guided decoding is always by the former."""
+    does not get right. vllm_server: a vLLM server samples what training learns from; it needs
+    `llm.lora`. Guided decoding and evaluation with it are always by the first."""
     batch_size: int = Field(gt=0)
     """Completions sampled at once."""
+    url: str | None = Field(default=None, pattern=r"^https?://[^\s/@?]+(/[^\s?]*[^\s/?])?$")
+    """Of the server, without the final /v1; without user, password or keys."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the server's key; null: it asks for none."""
+    in_flight: int = Field(default=64, ge=1)
+    """Prompts that the server is asked about at once, at most; each is one request."""
+    timeout: float = Field(default=600.0, gt=0)
+    """Seconds that one request may take."""
+    patience: float = Field(default=900.0, gt=0)
+    """Seconds after which a request without an answer is given up; how long the server may be
+    down."""
+    adapters_dir: str | None = None
+    """Folder that adapters are written to, which the server has to see too; null: `adapters` in
+    the run folder. Each is deleted after its samples are there."""
+    adapters_dir_on_server: str | None = None
+    """The same folder as the server sees it; null: under the same path."""
+    max_logprob_gap: float = Field(default=0.1, gt=0)
+    """Mean |log p by the server - log p by the LLM here| of an iteration's tokens, in nats; above
+    it the server samples from other weights, and the run stops."""
+
+    @model_validator(mode="after")
+    def _server_has_a_place(self) -> "SamplerConfig":
+        if self.kind == "vllm_server" and self.url is None:
+            raise ValueError("kind=vllm_server needs url, such as http://localhost:8000")
+        return self
 
 
 class PlacementConfig(Section):
@@ -635,6 +661,19 @@ class Config(Section):
                 "constraint.labels=tilt: with hard labels a token that rules satisfaction out "
                 "costs without bound"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _server_takes_adapters(self) -> "Config":
+        if self.sampler.kind != "vllm_server":
+            return self
+        if self.llm.lora is None:
+            raise ValueError(
+                "sampler.kind=vllm_server needs llm.lora: only adapters reach a server while it "
+                "runs; train adapters, or use sampler=cft"
+            )
+        if self.trainer.trl is not None:
+            raise ValueError("trainer.trl samples by itself; use sampler=cft")
         return self
 
     @model_validator(mode="after")

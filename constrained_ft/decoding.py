@@ -24,6 +24,7 @@ from constrained_ft.packing import Tree, pad_right
 
 _BLOCK = 256  # width of the first level of the inverse CDF
 _TOP_K = 128  # tokens looked at first for a nucleus
+_READ_ROWS = 64  # completions in one forward pass
 _RETIRE_AT = 0.75  # rows that ended are taken out, a copy of the cache, at this share of the rest
 
 Guide = Callable[[Tensor, Tensor], Tensor]
@@ -223,6 +224,34 @@ def decode_by_generate(
         ids_BT=ids_BT,
         mask_BT=mask_BT,
         hidden_BTD=_states(llm, prompts, repeats, ids_BT, mask_BT.sum(-1)),
+    )
+
+
+@torch.no_grad()
+def read_completions(
+    llm: FrozenLLM, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> Decoded:
+    """Completions that something else sampled, with the hidden states of a forward pass.
+
+    Args:
+        llm: what is read with.
+        prompts: their token ids.
+        completions: token ids; the same number for each prompt, which are neighbours.
+    """
+    repeats = len(completions) // len(prompts)
+    ids_BT, lengths_B = pad_right(completions, pad_id(llm.tokenizer), llm.device)
+    rows = repeats * max(1, _READ_ROWS // repeats)  # whole prompts
+    hidden = [
+        _states(llm, prompts[start // repeats :][: rows // repeats], repeats, ids, lengths)
+        for start, ids, lengths in zip(
+            range(0, len(ids_BT), rows), ids_BT.split(rows), lengths_B.split(rows), strict=True
+        )
+    ]
+    positions_T = torch.arange(ids_BT.shape[1], device=llm.device)
+    return Decoded(
+        ids_BT=ids_BT,
+        mask_BT=positions_T < lengths_B[:, None],
+        hidden_BTD=torch.cat(hidden),
     )
 
 

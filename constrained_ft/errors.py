@@ -6,9 +6,11 @@ CftError            1   anything below
 ├── DataError       3   a corpus or a prompt file cannot be used
 ├── ModelError      3   a model or tokenizer is missing or cannot be used
 ├── ScorerError     3   the constraint scorer failed or broke its contract
+├── SamplerError     3   the sampling server cannot be reached or used; nothing was trained
 ├── ExtraError      3   a package of an optional extra is not installed
 ├── CheckpointError 3   a checkpoint cannot be read or written
 ├── DivergedError   4   a guard stopped the run; the last good checkpoint is kept
+├── SamplingError    4   the sampling server failed; the last checkpoint is kept
 ├── MissingScoresError 4 too many completions have no score; the last checkpoint is kept
 └── Interrupted    75   stopped on request; `--resume` continues
 
@@ -28,6 +30,8 @@ __all__ = [
     "MissingScoresError",
     "ModelError",
     "PeerError",
+    "SamplerError",
+    "SamplingError",
     "ScorerError",
     "error_named",
     "raise_problems",
@@ -68,6 +72,12 @@ class ScorerError(CftError):
     exit_code = 3
 
 
+class SamplerError(CftError):
+    """The sampling server cannot be reached or used; nothing was trained."""
+
+    exit_code = 3
+
+
 class ExtraError(CftError):
     """A package of an optional extra is not installed; the message says how to install it."""
 
@@ -88,6 +98,12 @@ class DivergedError(CftError):
 
 class MissingScoresError(CftError):
     """Too many completions have no score; the last checkpoint is kept and `--resume` continues."""
+
+    exit_code = 4
+
+
+class SamplingError(CftError):
+    """The sampling server failed; the last checkpoint is kept and `--resume` continues."""
 
     exit_code = 4
 

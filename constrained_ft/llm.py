@@ -100,6 +100,25 @@ class FrozenLLM:
         return found
 
     @property
+    def peft_model(self) -> peft.PeftModel | None:
+        """Where adapters are trained; with live weights, not this copy's."""
+        return self._llm.peft_model
+
+    def adapter(self) -> dict[str, Tensor]:
+        """This copy's adapters, by the names that PEFT gives them in files.
+
+        Raises:
+            ModelError: where all weights are trained.
+        """
+        if self.peft_model is None:
+            raise ModelError("there are no adapters where llm.lora=null")
+        own = self._llm.whole(self._trained, self.head)
+        prefix = "base_model.model."
+        state = {f"{prefix}{name.removeprefix('module.')}": part for name, part in own.items()}
+        found: dict[str, Tensor] = peft.get_peft_model_state_dict(self.peft_model, state)
+        return found
+
+    @property
     def context_length(self) -> int | None:
         """The longest sequence the model takes, in tokens; None where no limit is known."""
         config = self._llm.module.config.get_text_config()

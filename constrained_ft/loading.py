@@ -8,6 +8,7 @@ from pathlib import Path
 
 import peft
 import safetensors
+import safetensors.torch
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -145,6 +146,23 @@ def export(llm: LLM, llm_dir: Path, adapter_dir: Path) -> None:
         peft.set_peft_model_state_dict(merged, state)
         merged.merge_and_unload().save_pretrained(llm_dir)
     llm.tokenizer.save_pretrained(llm_dir)
+
+
+def write_adapter(llm: FrozenLLM, folder: Path) -> None:
+    """Write the adapters of a frozen copy as PEFT does, for another process.
+
+    Raises:
+        ModelError: where all weights are trained.
+        CheckpointError: when they cannot be written.
+    """
+    tensors = {name: part.float().cpu().contiguous() for name, part in llm.adapter().items()}
+    assert llm.peft_model is not None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        llm.peft_model.active_peft_config.save_pretrained(str(folder))
+        safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"the adapter cannot be written to {folder}: {error}") from error
 
 
 @torch.no_grad()

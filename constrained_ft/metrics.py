@@ -17,6 +17,10 @@ METRICS: dict[str, tuple[str, str]] = {
     ),
     "rollouts/length": ("mean length of a completion, end-of-text included", "tokens"),
     "rollouts/entropy": ("mean of -log p over what the LLM said: its entropy", "nats per token"),
+    "rollouts/logprob_gap": (
+        "mean |log p by the sampling server - log p by the LLM here| of what it sampled",
+        "nats per token",
+    ),
     "auxiliary/auc_first": ("ROC area of R after the first token, held-out prompts", "0 to 1"),
     "auxiliary/auc_middle": ("ROC area of R half-way, held-out prompts", "0 to 1"),
     "auxiliary/auc_last": ("ROC area of R after the last token, held-out prompts", "0 to 1"),

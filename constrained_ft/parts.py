@@ -3,7 +3,6 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +23,8 @@ from constrained_ft.progress import Display
 from constrained_ft.prompts import Prompts, load_prompts
 from constrained_ft.randomness import seed_for
 from constrained_ft.rollouts import LabeledRollouts
+from constrained_ft.run_folder import RunFolder
+from constrained_ft.sampling_server import SamplingServer
 from constrained_ft.scorer_config import is_quick
 from constrained_ft.scorers import Scorer, given_columns, least_scores, probed
 from constrained_ft.sources import check_sources
@@ -49,6 +50,8 @@ class Parts:
     display: Display
     stop: StopRequest
     phases: Phases
+    server: SamplingServer | None
+    """Samples what training learns from, with `sampler.kind: vllm_server`."""
     world: World
     """Who shares this rank's side of the work: all ranks, or with peers those of its side."""
     everyone: World
@@ -90,7 +93,7 @@ def build_parts(
     display: Display,
     stop: StopRequest,
     *,
-    scores: Path | None = None,
+    folder: RunFolder | None = None,
     world: World | None = None,
 ) -> Parts:
     """Build everything, the cheap checks first.
@@ -99,11 +102,13 @@ def build_parts(
         config: the whole run.
         display: what people watch.
         stop: polled by every stage.
-        scores: where scores that were paid for are kept; None keeps none.
+        folder: of the run, where scores that were paid for are kept, and adapters for a sampling
+            server; None keeps none, and asks no such server.
         world: all ranks; None is this process alone.
 
     Raises:
         DataError: when the corpus or the prompts cannot be used.
+        SamplerError: when the sampling server is not there, or takes too few tokens.
         ScorerError: when a scorer does not keep its contract on two fixed strings.
         ModelError: when the model cannot be loaded.
         ConfigError: when two settings contradict each other.
@@ -112,6 +117,8 @@ def build_parts(
     detection = config.evaluation.detection
     check_sources(config.data, config.prompts, detection)
     display.phase("loading", 5)
+    server = _sampling_server(config, folder)
+    scores = None if folder is None else folder.scores
     terms = config.constraint.all_terms().values()
     scorers = tuple(probed(term.scorer, scores, world.rank) for term in terms)
     judges = {
@@ -126,6 +133,9 @@ def build_parts(
     display.advance()
     context = load_context_length(config.llm)
     prompts = load_prompts(config.prompts, tokenizer, config.data, context)
+    if server is not None:
+        longest = max(len(prompt.token_ids) for prompt in prompts.training)
+        server.require_room(longest + config.prompts.max_new_tokens)
     given_columns([*scorers, *judges.values()], prompts.columns)
     questions = None if detection is None else load_questions(detection, tokenizer, context)
     display.advance()
@@ -160,11 +170,20 @@ def build_parts(
         display=display,
         stop=stop,
         phases=Phases(llm.slots),
+        server=server,
         world=world,
         everyone=world,
         kl_weight=0.0 if config.trainer.is_plain else config.trainer.kl_weight,
         prepared={"budget/seconds": seconds, "budget/scored_texts": float(texts)},
     )
+
+
+def _sampling_server(config: Config, folder: RunFolder | None) -> SamplingServer | None:
+    if config.sampler.kind != "vllm_server" or folder is None:
+        return None
+    server = SamplingServer(config.sampler, folder.adapters)
+    server.probe()
+    return server
 
 
 def _filtered(

@@ -3,7 +3,7 @@
 from constrained_ft import checkpoint, evaluate, results
 from constrained_ft.config import Config
 from constrained_ft.distributed import pack, unpack
-from constrained_ft.errors import MissingScoresError, ScorerError
+from constrained_ft.errors import MissingScoresError, SamplerError, SamplingError, ScorerError
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.loading import rehearse_export
 from constrained_ft.memory import (
@@ -14,12 +14,15 @@ from constrained_ft.memory import (
     recent_peak,
 )
 from constrained_ft.parts import Parts
+from constrained_ft.progress import Silent
 from constrained_ft.regimes import advice, base_rate, is_graded
 from constrained_ft.results import Evaluation
+from constrained_ft.rollouts import sample
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.samples import record_base
 
 _REHEARSED = 32  # tokens that the exported model is tried out on
+_SAMPLED = 2  # prompts that a sampling server is tried out on
 
 
 def look_before(parts: Parts, config: Config, folder: RunFolder) -> Evaluation:
@@ -40,7 +43,12 @@ def look_before(parts: Parts, config: Config, folder: RunFolder) -> Evaluation:
 
 
 def rehearse(parts: Parts, config: Config, folder: RunFolder) -> None:
-    """Save, export and read both back before the first step: what fails then, fails now."""
+    """Save, export and read both back before the first step: what fails then, fails now.
+
+    Raises:
+        CheckpointError: when what is written cannot be read back.
+        SamplerError: when the sampling server does not sample from the LLM.
+    """
     if not parts.everyone.leads:
         return
     parts.display.phase("rehearsing the checkpoint and the export", 1)
@@ -50,7 +58,29 @@ def rehearse(parts: Parts, config: Config, folder: RunFolder) -> None:
         rehearse_export(
             parts.llm, folder.rehearsal, parts.corpus.training[0].token_ids[:_REHEARSED]
         )
+        _rehearse_sampling(parts, config)
     parts.display.advance()
+
+
+def _rehearse_sampling(parts: Parts, config: Config) -> None:
+    """Have the sampling server load the adapter and complete some prompts."""
+    if parts.server is None:
+        return
+    try:
+        sample(
+            parts.llm.frozen(),
+            parts.prompts.training[:_SAMPLED],
+            samples_per_prompt=config.prompts.samples_per_prompt,
+            max_new_tokens=config.prompts.max_new_tokens,
+            sampler=config.sampler,
+            seed=config.seed,
+            iteration=1,
+            display=Silent(),
+            stop=parts.stop,
+            server=parts.server,
+        )
+    except SamplingError as error:
+        raise SamplerError(f"before training: {error}") from error
 
 
 def _evaluate_base(parts: Parts, config: Config, folder: RunFolder) -> Evaluation:

@@ -12,6 +12,7 @@ predicts completion token t.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,7 +22,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from constrained_ft.config import ConstraintConfig, SamplerConfig
-from constrained_ft.decoding import Decoded, Guide, decode, decode_by_generate
+from constrained_ft.decoding import (
+    Decoded,
+    Guide,
+    decode,
+    decode_by_generate,
+    read_completions,
+)
 from constrained_ft.distributed import StopRequest, World, pack, unpack
 from constrained_ft.labels import Settled, verdict
 from constrained_ft.llm import FrozenLLM
@@ -29,6 +36,7 @@ from constrained_ft.packing import Tree
 from constrained_ft.progress import Display
 from constrained_ft.prompts import Prompt
 from constrained_ft.randomness import generator_for, seed_everything, seed_for
+from constrained_ft.sampling_server import SamplingServer, Version, Wanted
 from constrained_ft.scorers import Scorer, score_all
 
 
@@ -48,6 +56,8 @@ class Rollouts:
     texts: tuple[str, ...]
     iteration: int
     """Iteration at whose start the sampling LLM stood."""
+    sampled_by: str
+    """The sampler: `cft`, `hf`, or the adapter that a sampling server named in its answers."""
 
     def take(self, rows_M: Int[Tensor, " M"]) -> "Rollouts":
         """Some of the rows."""
@@ -105,6 +115,7 @@ def sample(  # noqa: PLR0913
     top_p: float = 1.0,
     world: World | None = None,
     each: Callable[[Rollouts], None] | None = None,
+    server: SamplingServer | None = None,
 ) -> Rollouts:
     """Sample completions at temperature 1, without truncation unless asked for.
 
@@ -123,8 +134,10 @@ def sample(  # noqa: PLR0913
         top_p: sample from the fewest tokens with this much probability; 1 is no truncation.
         world: who shares the work; every rank gets all completions. None is this process alone.
         each: called with this rank's completions of each batch as soon as they are there.
+        server: samples instead of this process, where nothing guides; it truncates nothing.
 
     Raises:
+        SamplingError: when the server gives nothing that can be used.
         Interrupted: when asked to stop.
     """
     world = world or World.alone()
@@ -132,42 +145,91 @@ def sample(  # noqa: PLR0913
     # Prompts of similar length share a batch: less padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
     mine = world.share(order)
+    asked = _Asked(samples=samples_per_prompt, steps=max_new_tokens, seed=seed, iteration=iteration)
+    by_hf = sampler.kind == "hf" and guide is None
     parts: list[Rollouts] = []
-    for start in range(0, len(mine), per_batch):
-        stop.check()
-        batch = [prompts[i] for i in mine[start : start + per_batch]]
-        token_ids = [prompt.token_ids for prompt in batch]
-        if sampler.kind == "hf" and guide is None:
-            ids = [prompt.id for prompt in batch]
-            with seed_everything(seed_for(seed, "generate", iteration, *ids)):
-                found = decode_by_generate(
-                    llm,
-                    token_ids,
-                    repeats=samples_per_prompt,
-                    max_new_tokens=max_new_tokens,
-                    top_p=top_p,
-                )
-        else:
-            uniforms = [
-                torch.rand(
-                    samples_per_prompt,
-                    max_new_tokens,
-                    generator=generator_for(seed, "rollouts", iteration, prompt.id),
-                    dtype=torch.float64,
-                )
-                for prompt in batch
-            ]
-            uniforms_BT = torch.cat(uniforms).to(llm.device)
-            found = decode(llm, token_ids, uniforms_BT, guide=guide, top_p=top_p)
-        parts.append(_rollouts(llm, batch, found, samples_per_prompt, iteration))
-        if each is not None:
-            each(parts[-1])
-        display.advance(len(batch) * samples_per_prompt * world.size)  # others are about as far
+    with _version(server, llm, iteration, world) as version:
+        for start in range(0, len(mine), per_batch):
+            stop.check()
+            batch = [prompts[i] for i in mine[start : start + per_batch]]
+            if version is not None:
+                parts.append(_by_server(version, llm, batch, asked, stop))
+            else:
+                if by_hf:
+                    found = _by_generate(llm, batch, asked, top_p)
+                else:
+                    uniforms_BT = asked.uniforms(batch).to(llm.device)
+                    ids = [prompt.token_ids for prompt in batch]
+                    found = decode(llm, ids, uniforms_BT, guide=guide, top_p=top_p)
+                parts.append(_rollouts(llm, batch, found, asked, "hf" if by_hf else "cft"))
+            if each is not None:
+                each(parts[-1])
+            display.advance(len(batch) * samples_per_prompt * world.size)  # others are as far
     packets = world.gather(pack_rollouts(parts)) if world.size > 1 else []
     for rank, packet in enumerate(packets):
         if rank != world.rank:
             parts += unpack_rollouts(packet, llm.device)
     return joined(parts, prompts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What is asked for of every prompt."""
+
+    samples: int
+    steps: int
+    seed: int
+    iteration: int
+
+    def uniforms(self, prompts: Sequence[Prompt]) -> Float[Tensor, "B T"]:
+        """The numbers of the completions of some prompts."""
+        keys = [(self.seed, "rollouts", self.iteration, prompt.id) for prompt in prompts]
+        return torch.cat(
+            [
+                torch.rand(
+                    self.samples, self.steps, generator=generator_for(*key), dtype=torch.float64
+                )
+                for key in keys
+            ]
+        )
+
+
+def _version(
+    server: SamplingServer | None, llm: FrozenLLM, iteration: int, world: World
+) -> AbstractContextManager[Version | None]:
+    return nullcontext() if server is None else server.serving(llm, iteration, world)
+
+
+def _by_generate(llm: FrozenLLM, prompts: Sequence[Prompt], asked: _Asked, top_p: float) -> Decoded:
+    ids = [prompt.id for prompt in prompts]
+    with seed_everything(seed_for(asked.seed, "generate", asked.iteration, *ids)):
+        return decode_by_generate(
+            llm,
+            [prompt.token_ids for prompt in prompts],
+            repeats=asked.samples,
+            max_new_tokens=asked.steps,
+            top_p=top_p,
+        )
+
+
+def _by_server(
+    version: Version, llm: FrozenLLM, prompts: Sequence[Prompt], asked: _Asked, stop: StopRequest
+) -> Rollouts:
+    """Completions by a server, with hidden states by a forward pass here."""
+    wanted = [
+        Wanted(
+            prompt=prompt.token_ids,
+            samples=asked.samples,
+            max_new_tokens=asked.steps,
+            seed=seed_for(asked.seed, "server", asked.iteration, prompt.id),
+        )
+        for prompt in prompts
+    ]
+    said = [one for row in version.complete(llm, wanted, stop) for one in row]
+    stems = [prompt.token_ids for prompt in prompts]
+    found = read_completions(llm, stems, [one.ids for one in said])
+    version.compare(llm, said, found)
+    return _rollouts(llm, prompts, found, asked, version.name)
 
 
 def label(
@@ -296,22 +358,24 @@ def joined(parts: Sequence[Rollouts], prompts: Sequence[Prompt]) -> Rollouts:
         hidden_NTD=join(part.hidden_NTD for part in parts)[order],
         texts=tuple(texts[row] for row in order.tolist()),
         iteration=parts[0].iteration,
+        sampled_by=parts[0].sampled_by,
     )
 
 
 def _rollouts(
-    llm: FrozenLLM, prompts: Sequence[Prompt], found: Decoded, repeats: int, iteration: int
+    llm: FrozenLLM, prompts: Sequence[Prompt], found: Decoded, asked: _Asked, sampled_by: str
 ) -> Rollouts:
     rows = zip(found.ids_BT.tolist(), found.mask_BT.tolist(), strict=True)
     said = [[token for token, real in zip(ids, mask, strict=True) if real] for ids, mask in rows]
     return Rollouts(
         prompts=tuple(prompts),
-        prompt_N=torch.arange(len(prompts)).repeat_interleave(repeats).to(llm.device),
+        prompt_N=torch.arange(len(prompts)).repeat_interleave(asked.samples).to(llm.device),
         ids_NT=found.ids_BT,
         mask_NT=found.mask_BT,
         hidden_NTD=found.hidden_BTD,
         texts=tuple(completion_texts(llm.tokenizer, said)),
-        iteration=iteration,
+        iteration=asked.iteration,
+        sampled_by=sampled_by,
     )
 
 
@@ -342,6 +406,7 @@ def rollout_facts(rollouts: Rollouts) -> dict[str, Any]:
     """Everything else of them, as JSON."""
     return {
         "iteration": rollouts.iteration,
+        "sampled_by": rollouts.sampled_by,
         "prompts": [asdict(prompt) for prompt in rollouts.prompts],
         "texts": list(rollouts.texts),
     }
@@ -365,6 +430,7 @@ def rollouts_from(tensors: Mapping[str, Tensor], facts: Any) -> Rollouts:
         hidden_NTD=tensors["hidden"],
         texts=tuple(facts["texts"]),
         iteration=facts["iteration"],
+        sampled_by=facts["sampled_by"],
     )
 
 

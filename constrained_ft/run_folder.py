@@ -49,6 +49,7 @@ _OURS = (
         "samples",
         "scores",
         ".rehearsal",
+        "adapters",
         "checkpoints",
         "logs",
         "final",
@@ -122,6 +123,11 @@ class RunFolder:
     def rehearsal(self) -> Path:
         """Where an export is tried before training; gone afterwards."""
         return self.path / ".rehearsal"
+
+    @property
+    def adapters(self) -> Path:
+        """Adapters while a sampling server needs them."""
+        return self.path / "adapters"
 
     @property
     def checkpoints(self) -> Path:

@@ -142,8 +142,9 @@ def write_rollouts(
 
 def _rollout_rows(labeled: LabeledRollouts) -> list[dict[str, object]]:
     rollouts = labeled.rollouts
+    by = {"sampled_by": rollouts.sampled_by}
     return [
-        {"prompt": prompt, "completion": text, "score": score, "satisfied": satisfied}
+        {"prompt": prompt, "completion": text, "score": score, "satisfied": satisfied} | by
         for prompt, text, score, satisfied in zip(
             rollouts.prompt_texts,
             rollouts.texts,

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_HEALING = {408, 425, 429, 500, 502, 503, 504}
+HEALING = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""Statuses after which it may help to ask again."""
+
 _FIRST_PATIENCE = 15.0  # seconds, until the service has answered for the first time
 _FIRST_WAIT, _LONGEST_WAIT = 0.25, 15.0  # seconds
 _DOWN_AFTER = 8  # failures in a row
@@ -168,8 +170,23 @@ class Service:
         finally:
             self._gate.leave(trouble, busy=busy)
 
-    def send(self, method: str, url: str, body: Any = None) -> "httpx.Response":
+    def send(
+        self,
+        method: str,
+        url: str,
+        body: Any = None,
+        *,
+        timeout: float | None = None,
+        heals: frozenset[int] = HEALING,
+    ) -> "httpx.Response":
         """One request; only an answer with status 200 is returned.
+
+        Args:
+            method: GET or POST.
+            url: where to.
+            body: sent as JSON.
+            timeout: seconds it may take; None is what the address says.
+            heals: statuses after which it may help to ask again.
 
         Raises:
             Passing: when it may help to ask again.
@@ -177,14 +194,16 @@ class Service:
         """
         httpx = self._httpx
         try:
-            response = self._client.request(method, url, json=body)
+            response = self._client.request(
+                method, url, json=body, timeout=timeout or self._address.timeout
+            )
         except httpx.TimeoutException:
             raise Passing(f"no answer within {self._address.timeout:g} s") from None
         except httpx.HTTPError as error:
             raise Passing(f"{type(error).__name__}: {error}") from None
         code = response.status_code
         said = " ".join(response.text[:200].split())
-        if code in _HEALING:
+        if code in heals:
             wait = _retry_after(response.headers.get("retry-after"))
             raise Passing(f"status {code}", wait=wait, busy=code in {429, 503})
         if code in {401, 403}:

@@ -201,6 +201,7 @@ def table_parts(letters: str, length: int, config: Config, rows: Sequence[Row] =
         display=Silent(),
         stop=StopRequest(),
         phases=Phases(llm.slots),
+        server=None,
         world=World.alone(),
         everyone=World.alone(),
         kl_weight=0.0 if config.trainer.is_plain else config.trainer.kl_weight,
@@ -227,4 +228,5 @@ def every_completion(llm: LLM, length: int) -> Rollouts:
         hidden_NTD=torch.zeros(*ids_NT.shape, 0, device=llm.device),
         texts=tuple(texts),
         iteration=0,
+        sampled_by="every completion",
     )

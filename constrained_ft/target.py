@@ -224,6 +224,7 @@ def learn_auxiliary(
                 stop=stop,
                 world=parts.world,
                 each=scoring.begin,
+                server=parts.server,
             )
         display.phase("scoring", len(rollouts.texts))
         with parts.phases.during("scoring") as spent:
@@ -255,6 +256,8 @@ def learn_auxiliary(
         if constraint.terms:
             own = parts.auxiliary.frozen().satisfaction(labeled.rollouts)
             metrics |= measure_terms(labeled, own, config)
+    if parts.server is not None and parts.server.gap is not None:
+        metrics["rollouts/logprob_gap"] = parts.server.gap
     lengths_N = rollouts.mask_NT.sum(-1).float()
     return labeled, metrics | _term_metrics(labeled, constraint) | {
         "rollouts/satisfaction": satisfaction,

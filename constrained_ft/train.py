@@ -49,7 +49,7 @@ def train(
     """
     world = world or World.alone()
     require_trl(config)
-    parts = build_parts(config, display, stop, scores=folder.scores, world=world)
+    parts = build_parts(config, display, stop, folder=folder, world=world)
     placement = Inline() if config.placement.kind == "inline" else divide(parts, config)
     with parts.phases.during("evaluation"):
         base = look_before(parts, config, folder)

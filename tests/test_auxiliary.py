@@ -93,6 +93,7 @@ def rollouts_of(prompts: int, samples: int, seed: int = 0, iteration: int = 1) -
         hidden_NTD=hidden_NTD,
         texts=("",) * count,
         iteration=iteration,
+        sampled_by="cft",
     )
     return LabeledRollouts(
         rollouts=rollouts,

@@ -93,6 +93,7 @@ def foreseen(outside: float, *, dependent: bool = False) -> dict[str, float]:
         hidden_NTD=hidden_NTD,
         texts=("",) * count,
         iteration=1,
+        sampled_by="cft",
     )
     scores_NJ = held_NJ.float()
     labeled = with_scores(rollouts, scores_NJ.T.tolist(), config.constraint)
