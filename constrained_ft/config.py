@@ -468,8 +468,8 @@ class SamplerConfig(Section):
     `llm.lora`. Guided decoding and evaluation with it are always by the first."""
     batch_size: int = Field(gt=0)
     """Completions sampled at once."""
-    url: str | None = Field(default=None, pattern=r"^https?://[^\s/@?]+(/[^\s?]*[^\s/?])?$")
-    """Of the server, without the final /v1; without user, password or keys."""
+    url: str | None = Field(default=None, pattern=r"^https?://[^\s/@?]+(/[^\s?@]*)?$")
+    """Of the server, such as http://localhost:8000; without user, password or keys."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the server's key; null: it asks for none."""
     in_flight: int = Field(default=64, ge=1)

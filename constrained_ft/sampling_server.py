@@ -92,7 +92,7 @@ class SamplingServer:
         """
         assert config.url is not None
         self._config = config
-        self._url = config.url
+        self._url = config.url.rstrip("/").removesuffix("/v1")
         self._folder = (Path(config.adapters_dir) if config.adapters_dir else folder).resolve()
         self._seen = PurePosixPath(config.adapters_dir_on_server or self._folder.as_posix())
         run = folder.resolve().parent

@@ -113,10 +113,7 @@ class SamplingStub:
         if self.fault == "slow":
             time.sleep(1.0)
         model = self.stale if self.fault == "stale" else self.adapters[name]
-        said = [
-            _sample(model, body, body["seed"] + index)
-            for index in range(body["n"] - (self.fault == "few"))
-        ]
+        said = _sample(model, body, body["n"] - (self.fault == "few"))
         choices = [self._choice(index, body, *one) for index, one in enumerate(said)]
         named = f"{name}-before" if self.fault == "other_name" else name
         return 200, {"model": named, "choices": choices}
@@ -148,22 +145,23 @@ def _error(message: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _sample(model: Any, body: dict[str, Any], seed: int) -> tuple[list[int], list[float]]:
-    """Token by token, with everything a request may ask for."""
-    generator = torch.Generator().manual_seed(seed)
-    ids: list[int] = []
-    logs: list[float] = []
-    while len(ids) < body["max_tokens"]:
-        logits_V = model(torch.tensor([[*body["prompt"], *ids]])).logits[0, -1].float()
-        raw_V = logits_V.log_softmax(-1)
-        probs_V = _shaped(logits_V, body, [*body["prompt"], *ids])
-        token = int(torch.multinomial(probs_V, 1, generator=generator))
-        ids.append(token)
-        logs.append(float(raw_V[token]))
-        ends = set(body.get("stop_token_ids") or []) | (set() if body.get("ignore_eos") else {END})
-        if token in ends:
-            break
-    return ids, logs
+def _sample(model: Any, body: dict[str, Any], count: int) -> list[tuple[list[int], list[float]]]:
+    """Tokens and log-probabilities, with everything a request may ask for."""
+    generators = [torch.Generator().manual_seed(body["seed"] + row) for row in range(count)]
+    ends = set(body.get("stop_token_ids") or []) | (set() if body.get("ignore_eos") else {END})
+    said: list[tuple[list[int], list[float]]] = [([], []) for _ in range(count)]
+    whole = torch.tensor([body["prompt"]] * count)
+    for _ in range(body["max_tokens"]):
+        logits_BV = model(whole).logits[:, -1].float()
+        tokens = []
+        for row, (ids, logs) in enumerate(said):
+            probs_V = _shaped(logits_BV[row].clone(), body, whole[row].tolist())
+            tokens.append(int(torch.multinomial(probs_V, 1, generator=generators[row])))
+            if not ids or ids[-1] not in ends:
+                ids.append(tokens[-1])
+                logs.append(float(logits_BV[row].log_softmax(-1)[tokens[-1]]))
+        whole = torch.cat([whole, torch.tensor(tokens)[:, None]], 1)
+    return said
 
 
 def _shaped(logits_V: torch.Tensor, body: dict[str, Any], before: list[int]) -> torch.Tensor:

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from sampling_stub import SamplingStub
+from several import together
 from small import SMALL, prompt, tiny_llm
 
 from constrained_ft import service
 from constrained_ft.compose import compose
 from constrained_ft.config import Config, SamplerConfig
-from constrained_ft.distributed import StopRequest
+from constrained_ft.distributed import StopRequest, World
 from constrained_ft.errors import ConfigError, Interrupted, SamplerError, SamplingError
 from constrained_ft.llm import LLM
 from constrained_ft.progress import Silent
@@ -24,6 +25,7 @@ from constrained_ft.tiny import tiny_model
 from constrained_ft.train import train
 
 LORA = "llm.lora={r: 4, alpha: 8.0, dropout: 0.0, target_modules: all-linear, first_layer: 0}"
+FEW = ("prompts.prompts_per_iteration=4", "evaluation.max_prompts=4")
 # PEFT asks transformers for an attribute by its old name, in the stub.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 PROMPTS = [prompt("The weather"), prompt("A dog")]
@@ -52,8 +54,15 @@ def server_of(stub: SamplingStub, folder: Path, **keys: Any) -> SamplingServer:
     return SamplingServer(config, folder / "my run" / "adapters")
 
 
+def on_a_rank(world: World, stop: StopRequest, url: str, folder: Path) -> tuple[Any, ...]:
+    config = SamplerConfig(kind="vllm_server", url=url, batch_size=4)
+    server = SamplingServer(config, folder / "my run" / "adapters")
+    rollouts = sampled(server, trained_llm(), world=world, stop=stop)
+    return rollouts.ids_NT.tolist(), rollouts.sampled_by, server.gap
+
+
 def sampled(
-    server: SamplingServer, llm: LLM, samples: int = 3, steps: int = 6, stop: Any = None
+    server: SamplingServer, llm: LLM, samples: int = 3, steps: int = 6, **more: Any
 ) -> Rollouts:
     return sample(
         llm.frozen(),
@@ -64,14 +73,14 @@ def sampled(
         seed=0,
         iteration=13,
         display=Silent(),
-        stop=stop or StopRequest(),
         server=server,
+        **({"stop": StopRequest()} | more),
     )
 
 
 def config_of(stub: SamplingStub, *overrides: str) -> Config:
     server = (LORA, "sampler=vllm_server", f"sampler.url={stub.url}", "sampler.patience=5")
-    return compose([*SMALL, *server, *overrides])
+    return compose([*SMALL, *server, *FEW, *overrides])
 
 
 # What is asked and what comes back ----------------------------------------------------------------
@@ -173,6 +182,16 @@ def test_a_folder_the_server_does_not_see_is_named_as_it_sees_it(
     assert sampled(server, llm).sampled_by == stub.loaded[0]
 
 
+def test_ranks_share_the_prompts_and_one_adapter(stub: SamplingStub, tmp_path: Path) -> None:
+    alone = sampled(server_of(stub, tmp_path), trained_llm())
+    first, second = together(on_a_rank, 2, f"{stub.url}/v1/", tmp_path)
+    assert first == second
+    assert first[0] == alone.ids_NT.tolist()
+    assert stub.loaded == [alone.sampled_by, first[1]] == 2 * [alone.sampled_by]
+    assert len(stub.asked) == 2 * len(PROMPTS)
+    assert stub.adapters == {}
+
+
 def test_an_answer_that_is_lost_is_asked_for_again(stub: SamplingStub, tmp_path: Path) -> None:
     stub.fault = "garbage_first"
     rollouts = sampled(server_of(stub, tmp_path), trained_llm())
@@ -220,7 +239,7 @@ def test_a_run_samples_what_it_learns_from_on_the_server(
     assert stub.adapters == {}
     for iteration in (1, 2, 3):
         rows = folder.rollouts_file(iteration).read_text().splitlines()
-        assert len(rows) == 40
+        assert len(rows) == 16
         version = f"-00000{iteration - 1}"
         assert all(json.loads(row)["sampled_by"].endswith(version) for row in rows)
     metrics = [json.loads(row) for row in folder.metrics_file.read_text().splitlines()]
