@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from constrained_ft.config import SamplerConfig
 from constrained_ft.decoding import Decoded
-from constrained_ft.distributed import StopRequest, World
+from constrained_ft.distributed import StopRequest, World, pack
 from constrained_ft.errors import SamplerError, SamplingError
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.loading import write_adapter
@@ -154,7 +154,7 @@ class SamplingServer:
         try:
             if world.leads:
                 self._load(llm, name)
-            world.tell(b"")  # nobody asks before it is there
+            world.tell(pack({}, name))  # nobody asks before it is there
             version = Version(self._service, self._url, self._config, name)
             yield version
             total, count = world.totals([version.gap_sum, float(version.gap_count)])
