@@ -14,7 +14,7 @@ import typer
 from constrained_ft.cli.completion import complete_override
 from constrained_ft.cli.outcome import record
 from constrained_ft.cli.settings import settings
-from constrained_ft.cli.torchrun import Processes, run_processes, wait_for_run
+from constrained_ft.cli.torchrun import Processes, run_processes
 from constrained_ft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -112,7 +112,9 @@ class Request:
         from_file = [] if self.config_file is None else ["--config", str(self.config_file)]
         folders = [part for folder in self.config_dirs for part in ("--config-dir", str(folder))]
         start = ["--resume", self.resume, *["--clean"] * self.clean]
-        many = ["--nproc-per-node", self.nproc, *self.processes.machines()]
+        many = ["--nproc-per-node", self.nproc]
+        if self.processes.max_restarts:
+            many += ["--max-restarts", str(self.processes.max_restarts)]
         rest = ["--", *self.processes.extra] if self.processes.extra else []
         return [*from_file, *folders, *many, *start, *rest]
 
@@ -184,7 +186,27 @@ def train(
         typer.Option(
             "--rdzv-endpoint",
             metavar="HOST:PORT",
-            help="Where several machines meet.",
+            help="Where several machines meet: a free port of the first one.",
+            rich_help_panel=_LAUNCH,
+        ),
+    ] = None,
+    max_restarts: Annotated[
+        int,
+        typer.Option(
+            "--max-restarts",
+            min=0,
+            metavar="N",
+            help="So often, go on from the newest checkpoint when a process or machine is lost.",
+            rich_help_panel=_LAUNCH,
+        ),
+    ] = 0,
+    slurm: Annotated[
+        str | None,
+        typer.Option(
+            "--slurm",
+            metavar="SBATCH_OPTIONS",
+            help='Submit the run to Slurm: --slurm "--time=4:00:00 --gpus-per-node=8", with '
+            "--nnodes for several machines. With --dry-run, print the script.",
             rich_help_panel=_LAUNCH,
         ),
     ] = None,
@@ -194,6 +216,10 @@ def train(
     [dim]cft train · cft train trainer.kl_weight=50 · cft train llm=pretrained
     llm.model_name_or_path=PATH data=file data.path=FILE · cft train -m seed=0,1[/]
     """
+    if slurm is None:
+        processes = _processes(nproc_per_node, nnodes, node_rank, rdzv_endpoint, max_restarts)
+    else:
+        processes = Processes(per_node=1, nodes=nnodes, max_restarts=max_restarts)
     request = Request(
         overrides=tuple(overrides or ()),
         config_file=config,
@@ -201,13 +227,20 @@ def train(
         resume=resume,
         clean=clean,
         fork=fork,
-        processes=_processes(nproc_per_node, nnodes, node_rank, rdzv_endpoint),
+        processes=processes,
         nproc=nproc_per_node,
     )
-    if fork and resume in ("none", "auto"):
-        raise ConfigError("--fork needs --resume PATH, the run that it continues from")
-    if clean and resume != "none":
-        raise ConfigError("--clean deletes the run that --resume would continue; give one of them")
+    _refuse_contradictions(request, multirun=multirun)
+    if slurm is not None:
+        from constrained_ft.cli.slurm import submit
+
+        if multirun or node_rank or rdzv_endpoint is not None:
+            raise ConfigError(
+                "--slurm finds out ranks and endpoint itself, and takes one run; for a sweep, give "
+                "-m hydra/launcher=submitit_slurm"
+            )
+        submit(request, slurm, dry_run=dry_run)
+        return
     if multirun:
         from constrained_ft.cli.sweep import sweep
 
@@ -225,7 +258,18 @@ def train(
         run(*start, request.processes)
 
 
-def _processes(nproc: str, nodes: int, node_rank: int, endpoint: str | None) -> Processes:
+def _refuse_contradictions(request: Request, *, multirun: bool) -> None:
+    if request.fork and request.resume in ("none", "auto"):
+        raise ConfigError("--fork needs --resume PATH, the run that it continues from")
+    if request.clean and request.resume != "none":
+        raise ConfigError("--clean deletes the run that --resume would continue; give one of them")
+    if multirun and request.processes.nodes > 1:
+        raise ConfigError("the jobs of a sweep take one machine each; leave out --nnodes, or -m")
+
+
+def _processes(
+    nproc: str, nodes: int, node_rank: int, endpoint: str | None, max_restarts: int = 0
+) -> Processes:
     """What the options say of processes.
 
     Raises:
@@ -242,6 +286,8 @@ def _processes(nproc: str, nodes: int, node_rank: int, endpoint: str | None) -> 
         raise ConfigError(f"--nproc-per-node {nproc} must be auto or a number")
     if (nodes > 1) != (endpoint is not None):
         raise ConfigError("--nnodes and --rdzv-endpoint belong together; give both, or none")
+    if nodes > 1 and any(part.startswith("--max-restarts") for part in settings.torchrun):
+        raise ConfigError("with several machines, --max-restarts stands before --: cft restarts")
     if node_rank >= nodes:
         raise ConfigError(f"--node-rank {node_rank} must be below --nnodes {nodes}")
     return Processes(
@@ -249,19 +295,26 @@ def _processes(nproc: str, nodes: int, node_rank: int, endpoint: str | None) -> 
         nodes=nodes,
         node_rank=node_rank,
         endpoint=endpoint,
+        max_restarts=max_restarts,
         extra=settings.torchrun,
     )
 
 
 def _join_first_machine(request: Request) -> None:
     """Start this machine's processes of a run that the first machine has begun."""
+    from constrained_ft.cli.machines import join_run
     from constrained_ft.run_folder import RunFolder
 
-    config = request.config()
-    if not request.names_folder():
-        raise ConfigError("--node-rank above 0 needs output_dir=PATH, the folder of the first one")
+    if request.resume in ("none", "auto") or request.fork:
+        config = request.config()
+        if not request.names_folder():
+            raise ConfigError("--node-rank above 0 needs output_dir=PATH, as the first one has")
+        folder = RunFolder(Path(config.output_dir))
+    else:
+        folder = RunFolder(Path(request.resume))
+        config = folder.config()
     request.check(config)
-    wait_for_run(RunFolder(Path(config.output_dir)), request.processes)
+    join_run(folder, request.processes, config.placement.timeout)
 
 
 def _start(request: Request) -> "tuple[Config, RunFolder] | None":
@@ -329,7 +382,11 @@ def run(config: "Config", folder: "RunFolder", processes: Processes) -> None:
         CftError: whatever stopped the run.
     """
     try:
-        if processes.total > 1:
+        if processes.nodes > 1:
+            from constrained_ft.cli.machines import lead_run
+
+            lead_run(folder, processes, config.placement.timeout)
+        elif processes.total > 1:
             run_processes(folder, processes)
         else:
             _run_here(config, folder)

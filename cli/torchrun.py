@@ -5,7 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from constrained_ft.config import Config
     from constrained_ft.run_folder import RunFolder
 
-__all__ = ["Processes", "run_processes", "wait_for_run"]
+__all__ = ["SIGNALS", "Ended", "Outcome", "Processes", "conclude", "run_processes", "run_torchrun"]
 
-_FIRST_MACHINE_SECONDS = 600.0
+_LOOK_SECONDS = 1.0
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class Processes:
     nodes: int = 1
     node_rank: int = 0
     endpoint: str | None = None
+    max_restarts: int = 0
     extra: tuple[str, ...] = ()
 
     @property
@@ -61,22 +62,16 @@ class Processes:
                 f"{self.total} would start; give --nproc-per-node {peers + 1}, or placement=inline"
             )
 
-    def machines(self) -> list[str]:
-        """The options that say which machines, for a child process."""
-        if self.endpoint is None:
-            return []
-        return [
-            *("--nnodes", str(self.nodes), "--node-rank", str(self.node_rank)),
-            *("--rdzv-endpoint", self.endpoint),
-        ]
-
     def command(self, orders: Orders) -> list[str]:
         """The whole command line."""
         if self.endpoint is None:
             meeting = ["--standalone"]  # a port of its own: two runs never meet
+            if self.max_restarts:
+                meeting += ["--max-restarts", str(self.max_restarts)]
         else:
+            # The first machine has the first ranks; what is started again is up to the launchers.
             meeting = [
-                *("--rdzv-backend", "c10d", "--rdzv-endpoint", self.endpoint),
+                *("--rdzv-backend", "static", "--rdzv-endpoint", self.endpoint),
                 *("--nnodes", str(self.nodes), "--node-rank", str(self.node_rank)),
             ]
         return [
@@ -86,18 +81,15 @@ class Processes:
         ]
 
 
-def wait_for_run(folder: "RunFolder", processes: Processes) -> None:
-    """Start this machine's processes once the first machine has begun the run.
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How torchrun ended."""
 
-    Raises:
-        PeerError: when it does not begin.
-    """
-    begun = time.monotonic()
-    while folder.status().get("state") != "running":
-        if time.monotonic() - begun > _FIRST_MACHINE_SECONDS:
-            raise PeerError(f"the first machine has begun no run in {folder.path}")
-        time.sleep(1)
-    _run_torchrun(folder, processes, ())
+    code: int
+    said: str
+    """On standard error."""
+    received: int | None
+    """The signal that came meanwhile."""
 
 
 def run_processes(folder: "RunFolder", processes: Processes) -> None:
@@ -109,15 +101,27 @@ def run_processes(folder: "RunFolder", processes: Processes) -> None:
     """
     attempt = int(folder.status().get("attempt", 1))
     # The lock is held until torchrun ends, even if this process is killed.
-    code, said, received = _run_torchrun(folder, processes, folder.lock_descriptors())
-    _conclude(folder, attempt, code, said, received)
+    ended = run_torchrun(folder, processes, attempt, descriptors=folder.lock_descriptors())
+    conclude(folder, attempt, ended)
 
 
-def _run_torchrun(
-    folder: "RunFolder", processes: Processes, descriptors: tuple[int, ...]
-) -> tuple[int, str, int | None]:
-    """Its exit code, what it said on standard error, and the signal that came meanwhile."""
-    attempt = int(folder.status().get("attempt", 1))
+def run_torchrun(
+    folder: "RunFolder",
+    processes: Processes,
+    attempt: int,
+    *,
+    descriptors: tuple[int, ...] = (),
+    watch: Callable[[], bool] | None = None,
+) -> Outcome:
+    """Run this machine's processes to their end.
+
+    Args:
+        folder: of the run.
+        processes: how many, and where the others are.
+        attempt: which start this is.
+        descriptors: that torchrun inherits.
+        watch: called about once a second; says whether to kill all processes of this machine.
+    """
     orders = Orders(
         folder=str(folder.path.resolve()),
         attempt=attempt,
@@ -138,8 +142,20 @@ def _run_torchrun(
     )
     signalled = _Forwarding(child, folder.path, attempt, processes.per_node)
     with child, signalled:
-        _, said = child.communicate()
-    return child.returncode, said or "", signalled.received
+        said = _wait(child, watch, signalled.kill)
+    return Outcome(code=child.returncode, said=said, received=signalled.received)
+
+
+def _wait(
+    child: subprocess.Popen[str], watch: Callable[[], bool] | None, kill: Callable[[], None]
+) -> str:
+    """What it says on standard error until it ends."""
+    while True:
+        try:
+            return child.communicate(timeout=_LOOK_SECONDS if watch else None)[1] or ""
+        except subprocess.TimeoutExpired:
+            if watch is not None and watch():
+                kill()
 
 
 class _Forwarding:
@@ -154,23 +170,31 @@ class _Forwarding:
         self.received: int | None = None
 
     def __enter__(self) -> None:
-        for number in _SIGNALS:
+        for number in SIGNALS:
             self._before[number] = signal.signal(number, self._receive)
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # as signal.signal gave it
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        workers = [
+    def kill(self) -> None:
+        """Leave nothing that could still write to the run folder."""
+        for pid in (self._child.pid, *(one.pid for one in self._workers())):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _workers(self) -> list[RankRecord]:
+        """Those of this machine that have not ended."""
+        return [
             one
             for one in _newest_records(self._folder, self._attempt)
             if one.ended is None and one.host == socket.gethostname()
         ]
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        workers = self._workers()
         if self.received is not None:
-            for pid in (*(one.pid for one in workers), self._child.pid):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            self.kill()
             os._exit(130)
         self.received = number
         settings.warn("stopping at the next safe point; again to leave at once")
@@ -189,11 +213,13 @@ def _newest_records(folder: Path, attempt: int) -> list[RankRecord]:
     return records(attempt_folder(folder, attempt))
 
 
-def _conclude(
-    folder: "RunFolder", attempt: int, code: int, said: str, received: int | None
-) -> None:
-    """Raise what ended the run, if it did not finish."""
-    status = folder.status()
+def conclude(folder: "RunFolder", attempt: int, ended: Outcome) -> None:
+    """Raise what ended a start, if the run did not finish.
+
+    Raises:
+        CftError: as the workers wrote it to `status.json`, or that a rank died.
+    """
+    status, received = folder.status(), ended.received
     dead = [one for one in _newest_records(folder.path, attempt) if one.ended is None]
     if dead and received is None:
         words = [f"rank {one.rank} (process {one.pid}) died while {one.doing}" for one in dead]
@@ -208,18 +234,18 @@ def _conclude(
         folder.write_status("interrupted", reason=reason, exit_code=Interrupted.exit_code)
         raise Interrupted(f"{reason}; `cft train --resume {folder.path}` continues")
     if status["state"] == "running":
-        reason = _last_line(said) or f"torchrun ended with code {code}"
+        reason = _last_line(ended.said) or f"torchrun ended with code {ended.code}"
         folder.write_status("failed", reason=reason, exit_code=1)
         raise PeerError(reason)
     again = f"; `cft train --resume {folder.path}` continues"
     reason = str(status["reason"])
-    raise _Ended(
+    raise Ended(
         reason + (again if status["state"] == "interrupted" else ""), int(status["exit_code"])
     )
 
 
-class _Ended(CftError):
-    """What the first rank wrote of the run's end."""
+class Ended(CftError):
+    """What another process wrote of the run's end."""
 
     def __init__(self, reason: str, code: int) -> None:
         super().__init__(reason)

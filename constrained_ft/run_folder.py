@@ -13,6 +13,7 @@ evaluation.json                     the table before and after, with intervals
 phases.json                         where the time and the memory went
 report/                             what `cft report` makes of all this
 tracker/                            what a tracker keeps, and which of its runs this is
+slurm/                              the script of a Slurm job, and what it printed
 
 Nothing here imports torch.
 """
@@ -118,6 +119,16 @@ class RunFolder:
     def scores(self) -> Path:
         """Scores that were paid for, one file a process."""
         return self.path / "scores"
+
+    @property
+    def launchers(self) -> Path:
+        """Where the launchers on several machines speak to each other; before a run begins, too."""
+        return self.path / ".machines"
+
+    @property
+    def slurm(self) -> Path:
+        """The script of a Slurm job, the configuration that it starts with, and what it prints."""
+        return self.path / "slurm"
 
     @property
     def rehearsal(self) -> Path:
@@ -310,6 +321,8 @@ class RunFolder:
         self._take()
         try:
             self._delete_run()
+            for place in (self.launchers, self.slurm):
+                shutil.rmtree(place, ignore_errors=True)
             (self.path / _LOCK).unlink(missing_ok=True)
             if not any(self.path.iterdir()):
                 self.path.rmdir()

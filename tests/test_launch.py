@@ -69,9 +69,16 @@ def test_one_machine_meets_on_a_port_of_its_own() -> None:
 def test_several_machines_meet_where_they_are_told() -> None:
     processes = _processes("4", 2, 1, "10.0.0.1:29500")
     command = " ".join(processes.command(ORDERS))
-    assert "--rdzv-backend c10d --rdzv-endpoint 10.0.0.1:29500 --nnodes 2 --node-rank 1" in command
+    assert (
+        "--rdzv-backend static --rdzv-endpoint 10.0.0.1:29500 --nnodes 2 --node-rank 1" in command
+    )
     assert "--standalone" not in command
     assert processes.total == 8
+
+
+def test_on_one_machine_torchrun_restarts() -> None:
+    command = " ".join(_processes("2", 1, 0, None, 3).command(ORDERS))
+    assert "--standalone --max-restarts 3 --nproc-per-node 2" in command
 
 
 @pytest.mark.parametrize(
