@@ -2,8 +2,8 @@
 
 What ends a run on purpose (done, a wrong setting, a guard, a signal) goes to `status.json`, and the
 worker leaves with code 0, so that torchrun starts nothing again; the launcher returns the code
-that is written there. A crash leaves with another code: with `-- --max-restarts N`, torchrun starts
-all processes again, and they continue from the newest checkpoint.
+that is written there. A crash leaves with another code: with `--max-restarts N`, all processes
+start again, and they continue from the newest checkpoint.
 """
 
 import faulthandler

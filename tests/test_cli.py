@@ -557,8 +557,13 @@ def test_what_a_sweep_does_not_take_is_refused(
     assert not calls
 
 
-def test_jobs_of_another_launcher_are_counted_too(cft: Cft, tmp_path: Path) -> None:
-    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+@pytest.mark.parametrize(
+    "launcher",
+    [["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], ["hydra/launcher=submitit_local"]],
+)
+def test_jobs_of_another_launcher_are_counted_too(
+    launcher: list[str], cft: Cft, tmp_path: Path
+) -> None:
     ran = cft(
         *("train", "-m", "experiment=smoke", "data.path=none.txt,nothing.txt", *launcher),
     )
