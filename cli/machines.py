@@ -204,7 +204,13 @@ class Roll:
 
     def _write(self) -> None:
         text = json.dumps(asdict(self._me))
-        write_atomically(self._file(self._own), text, durable=False)
+        try:
+            write_atomically(self._file(self._own), text, durable=False)
+        except OSError as error:  # later, the next look may do better
+            if self._me.beat <= 1:
+                raise ConfigError(
+                    f"output_dir: {self._folder} cannot be written: {error.strerror}"
+                ) from None
 
     def _read(self, number: int) -> Machine | None:
         try:
@@ -305,10 +311,10 @@ def join_run(folder: "RunFolder", processes: Processes, timeout: float) -> None:
             ended = run_torchrun(
                 folder, processes, attempt, watch=partial(roll.superseded, attempt)
             )
+            if ended.code != 0 and ended.received is not None:  # before training began
+                raise Interrupted(f"stopped by {signal.Signals(ended.received).name}")
             if ended.code != 0:
                 roll.failed(attempt)
-    except OSError as error:
-        raise ConfigError(f"{folder.path} cannot be written: {error.strerror}") from None
     finally:
         roll.leave()
     if roll.code != 0:

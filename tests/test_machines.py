@@ -108,6 +108,12 @@ def test_processes_of_a_start_that_is_over_are_stopped(
     assert [first.trouble() for _ in range(2)] == [False, True]
 
 
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        Roll(tmp_path / "file" / ".machines", 1, 2).look()
+
+
 @pytest.mark.usefixtures("no_pauses")
 @pytest.mark.parametrize("restarts", [0, 1])
 def test_a_lost_machine_ends_the_run_or_begins_it_again(
