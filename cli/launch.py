@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from constrained_ft.cli.completion import complete_override
+from constrained_ft.cli.dry_run import show_prediction
 from constrained_ft.cli.outcome import record
 from constrained_ft.cli.settings import settings
 from constrained_ft.cli.torchrun import Processes, run_processes
@@ -124,7 +125,10 @@ def train(
     config: ConfigFile = None,
     config_dir: ConfigDirs = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and show the configuration; start nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Check and show the configuration and its cost; start nothing."
+        ),
     ] = False,
     resume: Annotated[
         str,
@@ -249,6 +253,7 @@ def train(
         shown = request.config()
         request.check(shown)
         _show(shown)
+        show_prediction(shown, request.processes)
         return
     if request.processes.node_rank > 0:
         _join_first_machine(request)

@@ -46,6 +46,27 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+def wants_bf16(precision: str, *, tiny: bool) -> bool:
+    """Whether a trunk multiplies in bfloat16.
+
+    Args:
+        precision: `trainer.precision`.
+        tiny: of a model so small that its arithmetic costs nothing.
+    """
+    return precision == "bf16" or (
+        precision == "auto" and not tiny and multiplies_bf16_fast(default_device())
+    )
+
+
+def multiplies_bf16_fast(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products are faster than float32 ones on this device."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported())
+    return False
+
+
 class StopRequest:
     """Remembers SIGINT, SIGTERM and SIGUSR1 until a loop asks.
 

@@ -17,8 +17,7 @@ import torch
 from huggingface_hub import get_token
 from packaging.requirements import Requirement
 
-from constrained_ft.distributed import default_device
-from constrained_ft.loading import multiplies_bf16_fast
+from constrained_ft.distributed import default_device, multiplies_bf16_fast
 from constrained_ft.machine import processor
 from constrained_ft.memory import spare_memory
 from constrained_ft.resources import cache_dir

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from constrained_ft.attention import GROUPED
 from constrained_ft.config import LLMConfig, LoraConfig
-from constrained_ft.distributed import default_device
+from constrained_ft.distributed import default_device, wants_bf16
 from constrained_ft.errors import CheckpointError, ModelError
 from constrained_ft.llm import LLM, FrozenLLM
 from constrained_ft.randomness import seed_everything
@@ -66,7 +66,7 @@ def load_llm(
     Raises:
         ModelError: when the model is missing or its head is not a plain linear layer.
     """
-    bf16 = _wants_bf16(config, precision)
+    bf16 = wants_bf16(precision, tiny=config.model_name_or_path.startswith(TINY))
     dtype = torch.float32
     if config.dtype == "bfloat16" or (config.dtype == "auto" and bf16 and config.lora):
         dtype = torch.bfloat16
@@ -110,7 +110,7 @@ def load_frozen(config: LLMConfig, *, precision: str = "auto") -> FrozenLLM:
         ModelError: when the model is missing or its head is not a plain linear layer.
     """
     tokenizer = load_tokenizer(config)
-    bf16 = _wants_bf16(config, precision)
+    bf16 = wants_bf16(precision, tiny=config.model_name_or_path.startswith(TINY))
     module = _load_module(config, torch.bfloat16 if bf16 else torch.float32)
     module.requires_grad_(requires_grad=False)
     module.to(default_device())  # type: ignore[arg-type]  # transformers types `to` loosely
@@ -215,21 +215,6 @@ def load_context_length(config: LLMConfig) -> int | None:
         raise explain_model_failure(config.model_name_or_path, error) from error
     length: int | None = getattr(found.get_text_config(), "max_position_embeddings", None)
     return length
-
-
-def _wants_bf16(config: LLMConfig, precision: str) -> bool:
-    fast = multiplies_bf16_fast(default_device())
-    tiny = config.model_name_or_path.startswith(TINY)
-    return precision == "bf16" or (precision == "auto" and fast and not tiny)
-
-
-def multiplies_bf16_fast(device: torch.device) -> bool:
-    """Whether bfloat16 matrix products are faster than float32 ones on this device."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        return bool(torch.cpu._is_avx512_bf16_supported())
-    return False
 
 
 def _load_module(config: LLMConfig, dtype: torch.dtype) -> PreTrainedModel:

