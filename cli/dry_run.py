@@ -17,6 +17,8 @@ _COLUMNS = ["", "seconds", "mostly", "sent by a rank"]
 
 def show_prediction(config: "Config", processes: Processes) -> None:
     """Seconds, memory and traffic of an iteration, or why they are not predicted."""
+    if settings.quiet:
+        return
     from constrained_ft.cli.display import make_display
 
     settings.prepare_libraries()
@@ -24,7 +26,7 @@ def show_prediction(config: "Config", processes: Processes) -> None:
     from constrained_ft.sizing import assumed_lengths, predict_run, this_device
 
     lengths = assumed_lengths(config)
-    with make_display(settings.console(), quiet=settings.quiet) as display:
+    with make_display(settings.console()) as display:
         try:
             device = this_device(processes.per_node)
             found = predict_run(config, processes.total, device, lengths)
@@ -58,7 +60,7 @@ def _row(name: str, phase: "Phase") -> list[str]:
     return [name, f"{phase.total:.2f}", WORDS[most], _bytes(phase.sent)]
 
 
-def _bytes(number: float) -> str:
+def _bytes(number: int | float) -> str:
     """In the unit that suits, thousands as everywhere else in the tables of memory."""
     if number == 0:
         return "–"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 Sharding = Literal["none", "fsdp2"]
+Number = int | float  # what is counted may be a mean
 
 _LAYER_CALLS = 45  # operations that one layer starts in a forward pass, by torch's profiler
 _ADAPTER_CALLS = 5  # and one adapter
@@ -38,13 +39,15 @@ class Shape:
     layers: int
     hidden: int
     vocabulary: int
+    heads: int
+    """Query heads of a layer."""
     queries: int
     """Numbers of all query heads of a layer, for a token."""
     keys: int
     """Numbers of all key heads of a layer, for a token."""
     adapters: int = 0
     """Weights of the adapters; 0 trains all weights."""
-    adapted: float = 1.0
+    adapted: Number = 1.0
     """Share of the layers that a backward pass goes through: all from the first adapted one on."""
 
     @property
@@ -59,16 +62,16 @@ class Work:
 
     prompts: int
     samples: int
-    prompt_tokens: float
+    prompt_tokens: Number
     """Mean tokens of a prompt."""
-    new_tokens: float
+    new_tokens: Number
     """Mean tokens of a completion."""
-    row_tokens: float
+    row_tokens: Number
     """Mean tokens of a corpus row."""
     rows: int
-    """Corpus rows of a step, of each rank."""
-    passes: int
-    """Forward and backward passes of a step."""
+    """Corpus rows of a step."""
+    pass_rows: int
+    """Corpus rows of one forward and backward pass of a rank."""
     steps: int
     rollouts_per_step: int
     batch: int
@@ -81,11 +84,11 @@ class Work:
     """Of R."""
     epochs: int = 4
     fit_batch: int = 64
-    examples: float = 1.0
+    examples: Number = 1.0
     """What R is fitted to, in iterations: this one and those that are replayed."""
     kept: int = 1
     """Iterations whose rollouts are in memory."""
-    score_seconds: float = 0.0
+    score_seconds: Number = 0.0
     """Of one text; 0 where it is not known."""
     bf16: bool = True
     """Whether the trunk multiplies in bfloat16."""
@@ -95,6 +98,10 @@ class Work:
     """Whether backward passes compute activations again."""
     capacity: int = 256
     """Most tokens of a packed row."""
+
+    def passes(self, ranks: int) -> int:
+        """Forward and backward passes of a step, where so many ranks share it."""
+        return max(1, math.ceil(self.rows / ranks / self.pass_rows))
 
     @property
     def rollouts(self) -> int:
@@ -137,30 +144,30 @@ class Layout:
 class Demand:
     """What one phase asks of one rank."""
 
-    trunk: float = 0.0
+    trunk: Number = 0.0
     """Floating-point operations in the precision of the trunk."""
-    wide: float = 0.0
+    wide: Number = 0.0
     """Floating-point operations in float32."""
-    read: float = 0.0
+    read: Number = 0.0
     """Bytes of weights and keys that products read; hidden where they compute for longer."""
-    moved: float = 0.0
+    moved: Number = 0.0
     """Bytes read and written between the products."""
-    calls: float = 0.0
+    calls: Number = 0.0
     """Operations started."""
-    sent: float = 0.0
+    sent: Number = 0.0
     """Bytes sent between devices."""
-    told: float = 0.0
+    told: Number = 0.0
     """Bytes sent between CPUs."""
-    meetings: float = 0.0
+    meetings: Number = 0.0
     """Times that all ranks of a group wait for each other."""
-    waited: float = 0.0
+    waited: Number = 0.0
     """Seconds that something else takes, such as a scorer."""
 
     def __add__(self, other: "Demand") -> "Demand":
         """Both, one after the other."""
         return Demand(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in _PARTS})
 
-    def times(self, count: float) -> "Demand":
+    def times(self, count: Number) -> "Demand":
         """The same so many times."""
         return Demand(**{f.name: count * getattr(self, f.name) for f in _PARTS})
 
@@ -172,7 +179,7 @@ NOTHING = Demand()
 # What the passes ask for.
 
 
-def forward(shape: Shape, work: Work, tokens: float, context: float, passes: float) -> Demand:
+def forward(shape: Shape, work: Work, tokens: Number, context: Number, passes: Number) -> Demand:
     """Forward passes of the trunk.
 
     Args:
@@ -199,7 +206,7 @@ def forward(shape: Shape, work: Work, tokens: float, context: float, passes: flo
     )
 
 
-def backward(shape: Shape, work: Work, tokens: float, context: float, passes: float) -> Demand:
+def backward(shape: Shape, work: Work, tokens: Number, context: Number, passes: Number) -> Demand:
     """Backward passes of the trunk: twice the products, but those of frozen weights once.
 
     Takes what `forward` takes.
@@ -215,7 +222,7 @@ def backward(shape: Shape, work: Work, tokens: float, context: float, passes: fl
     )
 
 
-def vocabulary(shape: Shape, work: Work, rows: float, *, products: int, passes: int) -> Demand:
+def vocabulary(shape: Shape, work: Work, rows: Number, *, products: int, passes: int) -> Demand:
     """Products with the head, and what is done to the logits.
 
     Args:
@@ -232,17 +239,17 @@ def vocabulary(shape: Shape, work: Work, rows: float, *, products: int, passes: 
     return Demand(trunk=operations, moved=moved)
 
 
-def _evidence(shape: Shape, work: Work, rows: float) -> Demand:
+def evidence(shape: Shape, work: Work, rows: Number) -> Demand:
     """R over the vocabulary."""
     return Demand(wide=2.0 * rows * work.rank * shape.vocabulary)
 
 
-def _ring(volume: float, ranks: int) -> float:
+def _ring(volume: Number, ranks: int) -> Number:
     """Bytes that each rank sends until all have the sum: twice a pass around the ring."""
     return 2 * volume * (ranks - 1) / ranks
 
 
-def _row(work: Work, tokens: float, row: float) -> float:
+def row_of(work: Work, tokens: Number, row: Number) -> Number:
     """Positions that a token attends to: masked ones of its packed row are computed too."""
     return max(row, min(tokens, work.capacity))
 
@@ -257,9 +264,11 @@ def mining(shape: Shape, work: Work) -> Demand:
     count = work.candidates * work.prompts
     tokens = count * work.prompt_tokens
     return (
-        forward(shape, work, tokens, _row(work, tokens, work.prompt_tokens), math.ceil(count / 64))
+        forward(
+            shape, work, tokens, row_of(work, tokens, work.prompt_tokens), math.ceil(count / 64)
+        )
         + vocabulary(shape, work, count, products=1, passes=_TARGET)
-        + _evidence(shape, work, count)
+        + evidence(shape, work, count)
     )
 
 
@@ -273,7 +282,7 @@ def sampling(shape: Shape, work: Work, layout: Layout) -> Demand:
     steps = batches * (work.new_tokens - 1)
     cache = 2.0 * shape.keys * shape.layers * context * work.state_bytes
     found = (
-        forward(shape, work, tokens, _row(work, tokens, work.prompt_tokens), batches)
+        forward(shape, work, tokens, row_of(work, tokens, work.prompt_tokens), batches)
         + forward(shape, work, rows * (work.new_tokens - 1), context, steps)
         + vocabulary(shape, work, rows * work.new_tokens, products=1, passes=_SAMPLED)
         + Demand(read=rows * (work.new_tokens - 1) * cache)
@@ -284,12 +293,12 @@ def sampling(shape: Shape, work: Work, layout: Layout) -> Demand:
     return found + Demand(told=(ranks - 1) / ranks * packet(shape, work), meetings=1)
 
 
-def packet(shape: Shape, work: Work) -> float:
+def packet(shape: Shape, work: Work) -> Number:
     """Bytes of all rollouts: hidden states, tokens, masks."""
     return work.rollouts * work.new_tokens * (shape.hidden * work.state_bytes + 9)
 
 
-def _gathered(shape: Shape, layout: Layout, passes: float) -> Demand:
+def _gathered(shape: Shape, layout: Layout, passes: Number) -> Demand:
     """Weights that are spread over the ranks, sent to all for each pass."""
     if layout.sharding == "none" or layout.ranks == 1:
         return NOTHING
@@ -310,7 +319,7 @@ def auxiliary(shape: Shape, work: Work, layout: Layout) -> Demand:
     positions = work.fit_batch * work.new_tokens / ranks
     weights = 2 * shape.hidden * work.rank
 
-    def step(count: float) -> Demand:
+    def step(count: Number) -> Demand:
         return Demand(
             wide=4.0 * count * weights,
             moved=4.0 * count * shape.hidden * _FIT_PASSES + _STEP_BYTES * weights,
@@ -326,7 +335,7 @@ def target(shape: Shape, work: Work, layout: Layout) -> Demand:
     """q* at every prefix: the KL that each rollout carries."""
     rows = (work.rollouts * work.new_tokens + work.prompts) / layout.learners
     whole = vocabulary(shape, work, rows, products=1, passes=_TARGET)
-    return whole + _evidence(shape, work, rows) + Demand(meetings=4 * (layout.learners > 1))
+    return whole + evidence(shape, work, rows) + Demand(meetings=4 * (layout.learners > 1))
 
 
 def reference(shape: Shape, work: Work, layout: Layout) -> Demand:
@@ -344,11 +353,11 @@ def reference(shape: Shape, work: Work, layout: Layout) -> Demand:
     return found + Demand(told=(ranks - 1) / ranks * packet(shape, work), meetings=1)
 
 
-def tree_tokens(work: Work, rollouts: float) -> tuple[float, float]:
+def tree_tokens(work: Work, rollouts: Number) -> tuple[Number, Number]:
     """Tokens of some rollouts, those of a prompt behind it, and what each of them attends to."""
     tree = work.prompt_tokens + work.samples * (work.new_tokens - 1)
     tokens = rollouts / work.samples * tree
-    return tokens, _row(work, tokens, tree)
+    return tokens, row_of(work, tokens, tree)
 
 
 def update(shape: Shape, work: Work, layout: Layout) -> Demand:
@@ -356,18 +365,18 @@ def update(shape: Shape, work: Work, layout: Layout) -> Demand:
     ranks = layout.updaters
     rollouts = work.used / work.steps / ranks
     said, context = tree_tokens(work, rollouts)
-    corpus = work.rows * work.row_tokens
+    corpus = work.rows * work.row_tokens / ranks
     tokens = said + corpus
-    context = max(context, _row(work, tokens, work.row_tokens))
+    context = max(context, row_of(work, tokens, work.row_tokens))
     trains_head = int(shape.adapters == 0)
     kl_rows = rollouts * work.new_tokens
-    passes = work.passes
+    passes = work.passes(ranks)
     step = (
         forward(shape, work, tokens, context, passes)
         + backward(shape, work, tokens, context, passes)
         + vocabulary(shape, work, corpus, products=2 + trains_head, passes=_CE)
         + vocabulary(shape, work, kl_rows, products=2 + trains_head, passes=_KL)
-        + _evidence(shape, work, kl_rows)
+        + evidence(shape, work, kl_rows)
         + Demand(moved=_STEP_BYTES * shape.trained / shards(layout))
     )
     first = work.reference == "live"
@@ -386,8 +395,8 @@ def _exchange(shape: Shape, work: Work, layout: Layout) -> Demand:
     if layout.sharding == "none":
         each = Demand(sent=_ring(share, ranks), meetings=2)
     else:
-        each = Demand(sent=work.passes * share * (ranks - 1) / ranks, meetings=2)
-        each += _gathered(shape, layout, 2 * work.passes)
+        each = Demand(sent=work.passes(ranks) * share * (ranks - 1) / ranks, meetings=2)
+        each += _gathered(shape, layout, 2 * work.passes(ranks))
     return each.times(work.steps)
 
 

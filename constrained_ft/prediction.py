@@ -10,8 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from constrained_ft import cost
-from constrained_ft.cost import Demand, Layout, Shape, Sharding, Work
+from constrained_ft.cost import Demand, Layout, Number, Shape, Sharding, Work
 
+# Numbers kept for each one of a layer's states: its norms frozen, or trained. For each one that its
+# products give: in float32, or in bfloat16.
+_NORMS, _COPIES = (4, 6), (1.5, 1.95)
 _KEPT = 5  # float32 numbers for each trained one: gradient, two moments, two frozen copies
 _LOSS_BUFFERS, _SAMPLING_BUFFERS = 3, 4  # float32 logits of a chunk and of a batch at once
 _CHUNK_BYTES, _FEWEST_ROWS = 2**27, (128, 512)  # of the logits of a chunk; on CPUs and on GPUs
@@ -22,33 +25,33 @@ class Device:
     """What one rank computes with, and what connects it; 10^9 bytes are a gigabyte."""
 
     name: str
-    products: float
+    products: Number
     """Floating-point operations a second of bfloat16 products."""
-    wide: float
+    wide: Number
     """The same of float32 products."""
-    memory_speed: float
+    memory_speed: Number
     """Bytes a second that are read or written."""
-    memory: float
+    memory: Number
     """Bytes."""
-    call: float
+    call: Number
     """Seconds to start one operation."""
     asynchronous: bool
     """Whether operations are started while earlier ones compute."""
-    link: float
+    link: Number
     """Bytes a second that a rank sends to another one of its node."""
-    network: float
+    network: Number
     """Bytes a second that a node sends to another."""
-    host_link: float
+    host_link: Number
     """Bytes a second that a rank sends through its CPU (gloo)."""
     per_node: int
-    meeting: float
+    meeting: Number
     """Seconds for each rank of a group until all have agreed to exchange something."""
-    libraries: float = 0.0
+    libraries: Number = 0.0
     """Bytes of a process that computes nothing."""
-    efficiency: Mapping[str, float] = field(default_factory=dict)
+    efficiency: Mapping[str, Number] = field(default_factory=dict)
     """By phase, the share of these ceilings that is reached; 1 where none is named."""
 
-    def bus(self, ranks: int) -> float:
+    def bus(self, ranks: int) -> Number:
         """Bytes a second that each rank of a ring sends."""
         return self.link if ranks <= self.per_node else min(self.link, self.network)
 
@@ -57,13 +60,13 @@ class Device:
 class Phase:
     """One phase in seconds."""
 
-    seconds: Mapping[str, float]
+    seconds: Mapping[str, Number]
     """By resource; they add up."""
-    sent: float
+    sent: Number
     """Bytes that each rank sends."""
 
     @property
-    def total(self) -> float:
+    def total(self) -> Number:
         """Seconds of it all."""
         return sum(self.seconds.values())
 
@@ -74,9 +77,9 @@ class Prediction:
 
     layout: Layout
     phases: Mapping[str, Phase]
-    seconds: float
+    seconds: Number
     """Of the iteration; less than all phases together where they overlap."""
-    memory: Mapping[str, float]
+    memory: Mapping[str, Number]
     """Bytes on a rank at the peak, by what takes them; those of stage 1 or 2, whichever is more."""
     fits: bool
     """Whether the device has that much."""
@@ -84,12 +87,12 @@ class Prediction:
     """Phase and resource that take longest."""
 
     @property
-    def sent(self) -> float:
+    def sent(self) -> Number:
         """Bytes that the busiest rank sends in an iteration."""
         return sum(phase.sent for phase in self.phases.values())
 
     @property
-    def peak(self) -> float:
+    def peak(self) -> Number:
         """Bytes on a rank at the peak."""
         return sum(self.memory.values())
 
@@ -171,8 +174,11 @@ def _demands(
         "target": cost.target(shape, work, layout),
     }
     updating = {"update": cost.update(shape, work, layout)}
-    side = updating if work.reference == "fresh" else learning
-    side["reference"] = cost.reference(shape, work, layout)
+    states = {"reference": cost.reference(shape, work, layout)}
+    if work.reference == "fresh":  # the update brings its own
+        updating = states | updating
+    else:
+        learning |= states
     return learning, updating, {"hand over": cost.hand_over(shape, work, layout)}
 
 
@@ -199,33 +205,44 @@ def best_layout(
     return min(found, key=lambda one: (not one.fits, one.seconds))
 
 
-def activations(shape: Shape, work: Work) -> float:
+def activations(shape: Shape, work: Work, context: Number) -> Number:
     """Bytes that a token keeps for the backward pass, all layers together.
 
-    Of each layer from the first adapted one on: float32 copies around two norms, what the products
-    give, and with adapters what these are given. With checkpoints one layer, and every layer's
-    input.
+    Of each layer from the first adapted one on: float32 copies around its norms, what its products
+    give, some of it in two precisions, and attention's probabilities. With checkpoints one layer,
+    and every layer's input.
+
+    Args:
+        shape: the model.
+        work: its precision.
+        context: positions that probabilities are kept for; 0 where the kernel keeps none.
     """
     bytes_ = work.state_bytes
-    adapters = 1.5 if shape.adapters else 1.0
-    layer = 6 * 4 * shape.hidden + 2 * adapters * bytes_ * shape.outputs / shape.layers
+    norms = _NORMS[shape.adapters == 0] * shape.hidden
+    copies = _COPIES[work.bf16] * bytes_ * shape.outputs / shape.layers
+    layer = 4 * norms + copies + 4 * shape.heads * context
     if work.checkpoints:
         return layer + shape.layers * shape.hidden * bytes_
     return layer * shape.layers * shape.adapted
 
 
-def memory(shape: Shape, work: Work, layout: Layout, device: Device) -> dict[str, float]:
+def memory(shape: Shape, work: Work, layout: Layout, device: Device) -> dict[str, Number]:
     """Bytes at the peak of a rank that updates, by what takes them."""
     shards = cost.shards(layout)
     base = 2.0 if shape.adapters and work.bf16 else 4.0
     size, width = shape.vocabulary, shape.hidden
     head = 4.0 * size * width * (base == 2.0)
     rollouts = work.kept * cost.packet(shape, work)
-    said, _ = cost.tree_tokens(work, work.used / work.steps / layout.updaters)
-    tokens = (said + work.rows * work.row_tokens) / work.passes
+    said, tree = cost.tree_tokens(work, work.used / work.steps / layout.updaters)
+    corpus = work.rows * work.row_tokens / layout.updaters
+    tokens = (said + corpus) / work.passes(layout.updaters)
+    # Of a GPU's kernels, attention keeps no probabilities.
+    seen = 0 if device.asynchronous else max(tree, cost.row_of(work, tokens, work.row_tokens))
     chunk = max(_CHUNK_BYTES // (12 * size), _FEWEST_ROWS[device.asynchronous])
     updating = {
-        "activations": tokens * activations(shape, work),
+        # Weights that are not stored in bfloat16 are kept in it from the forward pass on.
+        "cast weights": 2.0 * shape.products * (work.bf16 and base == 4.0),
+        "activations": tokens * activations(shape, work, seen),
         "logits": 4.0 * _LOSS_BUFFERS * chunk * size,
     }
     rows = min(work.batch, math.ceil(work.rollouts / layout.learners))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from constrained_ft.config import Config, LLMConfig, LoraConfig
-from constrained_ft.cost import Layout, Shape, Work
+from constrained_ft.cost import Layout, Number, Shape, Work
 from constrained_ft.distributed import default_device, wants_bf16
 from constrained_ft.errors import ConfigError, ModelError
 from constrained_ft.machine import processor
@@ -30,15 +30,17 @@ _LOOPBACK, _LOOPBACK_TOLD, _MEETING = 1.0e9, 2.4e9, 1.0e-3  # of gloo between tw
 # Of this package on CPUs; fitted by scripts/check_cost.py to one iteration of the default run.
 _REACHED: dict[str, float] = {}
 _LIBRARIES = 0.75e9
+FIXED = ("calls", "link", "host", "meetings", "service")
+"""Resources of which no share is reached: their seconds are measured as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
     """Mean tokens, which only the data tells."""
 
-    prompt: float
-    completion: float
-    row: float
+    prompt: Number
+    completion: Number
+    row: Number
 
 
 def assumed_lengths(config: Config) -> Lengths:
@@ -66,7 +68,8 @@ def predict_run(config: Config, ranks: int, device: Device, lengths: Lengths) ->
         raise ConfigError(f"placement.peers={peers} of {ranks} processes leaves none to update")
     overlapped = config.trainer.schedule == "overlapped"
     layout = Layout(ranks=ranks, peers=peers, overlapped=overlapped)
-    return predict(shape_of(config.llm), work_of(config, lengths), layout, device)
+    work = work_of(config, lengths, layout.updaters)
+    return predict(shape_of(config.llm), work, layout, device)
 
 
 # The model.
@@ -143,6 +146,7 @@ def shape_from(
         layers=layers,
         hidden=hidden,
         vocabulary=text["vocab_size"],
+        heads=heads,
         queries=heads * width,
         keys=(text.get("num_key_value_heads") or heads) * width,
         adapters=sum(lora.r * sum(linears[name]) for name in adapted) if lora else 0,
@@ -167,8 +171,13 @@ def _first(facts: Mapping[str, Any], *names: str) -> int:
 # The work.
 
 
-def work_of(config: Config, lengths: Lengths) -> Work:
+def work_of(config: Config, lengths: Lengths, updaters: int) -> Work:
     """One iteration in numbers, once R is fitted to as many as it replays.
+
+    Args:
+        config: the whole run.
+        lengths: of its texts.
+        updaters: ranks with corpus rows of their own.
 
     Raises:
         ConfigError: for runs that the cost model does not know.
@@ -199,8 +208,8 @@ def work_of(config: Config, lengths: Lengths) -> Work:
         prompt_tokens=lengths.prompt,
         new_tokens=lengths.completion,
         row_tokens=lengths.row,
-        rows=trainer.per_device_train_batch_size * passes * trainer.corpus,
-        passes=passes,
+        rows=trainer.per_device_train_batch_size * passes * updaters * trainer.corpus,
+        pass_rows=trainer.per_device_train_batch_size,
         steps=trainer.steps_per_iteration,
         rollouts_per_step=trainer.rollouts_per_step,
         batch=config.sampler.batch_size,
@@ -232,23 +241,7 @@ def this_device(per_node: int) -> Device:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // per_node))
         found = ceilings(device, size=1024, megabytes=64)
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / per_node
-        return Device(
-            name=f"{processor()}, {torch.get_num_threads()} threads",
-            products=found["bfloat16"],
-            wide=found["float32"],
-            memory_speed=found["memory"],
-            memory=memory,
-            call=found["call"],
-            asynchronous=False,
-            link=_LOOPBACK,
-            network=_LOOPBACK,
-            host_link=_LOOPBACK_TOLD,
-            per_node=per_node,
-            meeting=_MEETING,
-            libraries=_LIBRARIES,
-            efficiency=_REACHED,
-        )
+        return cpu(found, per_node, _REACHED)
     found = ceilings(device, size=4096, megabytes=512)
     return replace(
         DEVICES["h100"],
@@ -262,23 +255,56 @@ def this_device(per_node: int) -> Device:
     )
 
 
-def ceilings(device: torch.device, *, size: int, megabytes: int) -> dict[str, float]:
+def cpu(found: Mapping[str, float], per_node: int, reached: Mapping[str, float]) -> Device:
+    """One of so many processes that share this machine's processor.
+
+    Args:
+        found: its `ceilings`.
+        per_node: processes.
+        reached: by phase, the share of the ceilings.
+    """
+    return Device(
+        name=f"{processor()}, threads: {torch.get_num_threads()}",
+        products=found["bfloat16"],
+        wide=found["float32"],
+        memory_speed=found["memory"],
+        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / per_node,
+        call=found["call"],
+        asynchronous=False,
+        link=_LOOPBACK,
+        network=_LOOPBACK,
+        host_link=_LOOPBACK_TOLD,
+        per_node=per_node,
+        meeting=_MEETING,
+        libraries=_LIBRARIES,
+        efficiency=reached,
+    )
+
+
+def ceilings(
+    device: torch.device,
+    *,
+    size: int,
+    megabytes: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Products a second in both precisions, bytes copied a second, seconds of a small operation.
 
     Args:
         device: what is measured.
         size: of the square matrices that are multiplied.
         megabytes: of what is copied.
+        clock: seconds.
     """
 
     def best(work: Callable[[], object], rounds: int = _ROUNDS) -> float:
         times = []
         for _ in range(rounds):
-            started = time.perf_counter()
+            started = clock()
             work()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
+            times.append(clock() - started)
         return min(times)
 
     found = {}
