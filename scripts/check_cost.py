@@ -324,7 +324,7 @@ def render() -> None:
     if FITTED in rows:
         reached = reached_by(rows[FITTED])
         parts["check"] = check_table(rows, reached)
-        print("sizing._REACHED =", reached)
+        print("sizing.REACHED =", reached)
     text = PAGE.read_text()
     for name, table in parts.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
