@@ -202,7 +202,12 @@ def best_layout(
         )
         for peers in counts
     ]
-    return min(found, key=lambda one: (not one.fits, one.seconds))
+    return min(found, key=preference)
+
+
+def preference(found: Prediction) -> tuple[bool, Number]:
+    """Orders layouts: the fastest of those that fit, else the one that lacks least."""
+    return (not found.fits, found.seconds if found.fits else found.peak)
 
 
 def activations(shape: Shape, work: Work, context: Number) -> Number:
@@ -241,7 +246,7 @@ def memory(shape: Shape, work: Work, layout: Layout, device: Device) -> dict[str
     chunk = max(_CHUNK_BYTES // (12 * size), _FEWEST_ROWS[device.asynchronous])
     updating = {
         # Weights that are not stored in bfloat16 are kept in it from the forward pass on.
-        "cast weights": 2.0 * shape.products * (work.bf16 and base == 4.0),
+        "cast weights": 2.0 * shape.products * (work.bf16 and base == 4.0) / shards,
         "activations": tokens * activations(shape, work, seen),
         "logits": 4.0 * _LOSS_BUFFERS * chunk * size,
     }

@@ -35,7 +35,7 @@ REACHED = {
     "reference": 0.66,
     "update": 0.439,
 }
-"""Shares of a CPU's ceilings, by phase: fitted by scripts/check_cost.py to the default run alone."""
+"""Shares of a CPU's ceilings, by phase, that scripts/check_cost.py found in the default run."""
 _LIBRARIES = 0.75e9
 FIXED = ("calls", "link", "host", "meetings", "service")
 """Resources of which no share is reached: their seconds are measured as they are."""

@@ -43,7 +43,14 @@ from constrained_ft.machine import processor  # noqa: E402
 from constrained_ft.memory import forget_peak, recent_peak  # noqa: E402
 from constrained_ft.parts import build_parts  # noqa: E402
 from constrained_ft.phases import Phases  # noqa: E402
-from constrained_ft.prediction import DEVICES, Prediction, best_layout, predict, sentence  # noqa: E402
+from constrained_ft.prediction import (  # noqa: E402
+    DEVICES,
+    Prediction,
+    best_layout,
+    predict,
+    preference,
+    sentence,
+)
 from constrained_ft.progress import Silent  # noqa: E402
 from constrained_ft.randomness import seed_everything  # noqa: E402
 from constrained_ft.sizing import Lengths, ceilings, shape_from, shape_of, work_of  # noqa: E402
@@ -437,7 +444,7 @@ def best_of(shape: Shape, gpus: int) -> Prediction:
         for sharding in ("none", "fsdp2")
         for again in (False, True)
     ]
-    return min(found, key=lambda one: (not one.fits, one.seconds))
+    return min(found, key=preference)
 
 
 def layout_words(found: Prediction) -> str:
