@@ -48,6 +48,8 @@ class Device:
     """Seconds for each rank of a group until all have agreed to exchange something."""
     libraries: Number = 0.0
     """Bytes of a process that computes nothing."""
+    unused: Number = 0.0
+    """What an allocator leaves unused, as a share of what the passes take."""
     efficiency: Mapping[str, Number] = field(default_factory=dict)
     """By phase, the share of these ceilings that is reached; 1 where none is named."""
 
@@ -257,6 +259,7 @@ def memory(shape: Shape, work: Work, layout: Layout, device: Device) -> dict[str
         "logits": 4.0 * _SAMPLING_BUFFERS * rows * size,
     }
     last = max((updating, sampled), key=lambda one: sum(one.values()))
+    last["unused"] = device.unused * sum(last.values())
     kept = {
         "libraries": device.libraries,
         "weights": base * shape.parameters / shards + head,
@@ -318,6 +321,7 @@ DEVICES = {
         host_link=2.5e9,
         per_node=8,
         meeting=3e-4,
+        unused=0.1,
         efficiency=_ASSUMED,
     ),
     "a100": Device(
@@ -333,6 +337,7 @@ DEVICES = {
         host_link=2.5e9,
         per_node=8,
         meeting=3e-4,
+        unused=0.1,
         efficiency=_ASSUMED,
     ),
 }

@@ -302,13 +302,15 @@ def rows_of_file() -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in map(json.loads, lines)}
 
 
-def predicted(row: Mapping[str, Any], reached: Mapping[str, float]) -> Prediction:
+def predicted(
+    row: Mapping[str, Any], reached: Mapping[str, float], unused: float = 0.0
+) -> Prediction:
     """What the cost model says of a row's iteration, with the ceilings measured around it."""
     found = {
         name: (max if name != "call" else min)(row["before"][name], row["after"][name])
         for name in row["before"]
     }
-    device = sizing.cpu(found, row["ranks"], reached)
+    device = sizing.cpu(found, row["ranks"], reached, unused)
     return predict(Shape(**row["shape"]), Work(**row["work"]), Layout(ranks=row["ranks"]), device)
 
 
@@ -324,14 +326,21 @@ def reached_by(row: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
+def unused_by(row: Mapping[str, Any]) -> float:
+    """What an allocator left unused, as a share of what the passes were predicted to take."""
+    none, all_of_it = (predicted(row, {}, share).peak for share in (0.0, 1.0))
+    return round((row["peak"] - none) / (all_of_it - none), 3)
+
+
 def render() -> None:
     """Write the check and the plan into the page."""
     rows = rows_of_file()
     parts = {"plan": plan_table()}
     if FITTED in rows:
         reached = reached_by(rows[FITTED])
-        parts["check"] = check_table(rows, reached)
-        print("sizing.REACHED =", reached)
+        unused = unused_by(rows[FITTED])
+        parts["check"] = check_table(rows, reached, unused)
+        print("sizing.REACHED =", reached, "UNUSED =", unused)
     text = PAGE.read_text()
     for name, table in parts.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
@@ -340,7 +349,9 @@ def render() -> None:
     PAGE.write_text(text)
 
 
-def check_table(rows: Mapping[str, Mapping[str, Any]], reached: Mapping[str, float]) -> str:
+def check_table(
+    rows: Mapping[str, Mapping[str, Any]], reached: Mapping[str, float], unused: float
+) -> str:
     """Seconds of each phase, predicted / measured, and memory."""
     lines = [
         f"| case | {' | '.join(PHASES)} | iteration | off by | memory, GiB | off by |",
@@ -349,7 +360,7 @@ def check_table(rows: Mapping[str, Mapping[str, Any]], reached: Mapping[str, flo
     for name in CASES:
         if name not in rows:
             continue
-        row, found = rows[name], predicted(rows[name], reached)
+        row, found = rows[name], predicted(rows[name], reached, unused)
         cells = []
         for phase in PHASES:
             said = found.phases[phase].total if phase in found.phases else 0.0
@@ -456,4 +467,5 @@ def layout_words(found: Prediction) -> str:
     return f"alternating, all together{sharded}"
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -117,9 +117,7 @@ def test_products_with_the_vocabulary_are_those_that_torch_counts(*, trains_head
         weights_M=torch.ones(rows),
     )
     # The head's gradient is added in place, which torch does not count by itself.
-    in_place = {
-        torch.ops.aten.addmm_: lambda _, a, b, out_shape: 2 * a[0] * a[1] * b[1]
-    }
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, out_shape: 2 * a[0] * a[1] * b[1]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counted:
         states = torch.randn(rows, width, requires_grad=True)
         fused_losses(states, head, tilt=tilt).loss.backward()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from constrained_ft import sizing
 from constrained_ft.compose import compose
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -105,3 +106,15 @@ def test_training_comes_to_rest_where_the_law_of_lambda_says() -> None:
     corpus, measured = loaded("lambda_law").rest(3.0, "trainer.iterations=8")
     assert 0.5 < corpus < 0.8
     assert measured == pytest.approx((corpus + 3) / 4, abs=0.02)
+
+
+def test_a_dry_run_reckons_with_what_was_fitted_and_every_case_composes() -> None:
+    check = loaded("check_cost")
+    for case in check.CASES.values():
+        compose([*check.SHORT, *case.overrides])
+    fitted = check.rows_of_file()[check.FITTED]
+    assert check.reached_by(fitted) == sizing.REACHED
+    assert check.unused_by(fitted) == sizing.UNUSED
+    page = (SCRIPTS.parent / "docs" / "scaling.md").read_text()
+    assert check.check_table(check.rows_of_file(), sizing.REACHED, sizing.UNUSED) in page
+    assert check.plan_table() in page
