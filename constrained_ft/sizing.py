@@ -18,7 +18,7 @@ from constrained_ft.distributed import default_device, wants_bf16
 from constrained_ft.errors import ConfigError, ModelError
 from constrained_ft.machine import processor
 from constrained_ft.prediction import DEVICES, Device, Prediction, predict
-from constrained_ft.resources import model_at_hand
+from constrained_ft.resources import model_at_hand, one_line
 
 _TINY = "tiny:"
 _PROMPT_TOKENS = 16
@@ -174,7 +174,10 @@ def _carries(name: str, lora: LoraConfig) -> bool:
 
 
 def _first(facts: Mapping[str, Any], *names: str) -> int:
-    return int(next(facts[name] for name in names if name in facts))
+    found = [facts[name] for name in names if name in facts]
+    if not found:
+        raise KeyError(names[0])
+    return int(found[0])
 
 
 # The work.
@@ -244,6 +247,9 @@ def this_device(per_node: int) -> Device:
 
     Links between devices are not measured: those of CPUs are taken for a machine's own, those of
     GPUs for an H100's.
+
+    Raises:
+        ConfigError: for devices that are not known, or busy.
     """
     device = default_device()
     if device.type == "cpu":
@@ -251,7 +257,12 @@ def this_device(per_node: int) -> Device:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // per_node))
         found = ceilings(device, size=1024, megabytes=64)
         return cpu(found, per_node, REACHED, UNUSED)
-    found = ceilings(device, size=4096, megabytes=512)
+    if device.type != "cuda":
+        raise ConfigError(f"what a device of type {device.type} takes is not known")
+    try:
+        found = ceilings(device, size=4096, megabytes=512)
+    except RuntimeError as error:
+        raise ConfigError(f"the GPU cannot be measured: {one_line(error)}") from error
     return replace(
         DEVICES["h100"],
         name=torch.cuda.get_device_name(),
