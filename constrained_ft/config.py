@@ -330,6 +330,10 @@ class PromptsConfig(Section):
     """Prompts looked at for each one sampled: the auxiliary chooses those whose completions it
     expects to satisfy the constraint least. For constraints that hold nearly always; 1 takes the
     prompts as they come."""
+    guided_roll_ins: float = Field(default=0.0, ge=0, lt=1)
+    """Share of an iteration's completions whose beginning, 1 token to all at random, is guided by
+    the auxiliary of the iteration before. Only the auxiliary learns from them, and only from where
+    the guidance ends. For constraints that are rarely satisfied; needs `sampler.kind` cft."""
     max_new_tokens: int = Field(gt=0)
     """Longest completion, in tokens. The constraint judges the completion as it stands there."""
     held_out_share: float = Field(gt=0, lt=1)
@@ -649,6 +653,26 @@ class Config(Section):
             raise ValueError(
                 "auxiliary.balanced=true needs auxiliary.td_lambda=1: the correction is exact for "
                 "0-1 labels only"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _roll_ins_can_be_sampled(self) -> "Config":
+        share = self.prompts.guided_roll_ins
+        if share > 0 and self.sampler.kind != "cft":
+            raise ValueError(
+                f"prompts.guided_roll_ins={share} needs sampler.kind=cft: {self.sampler.kind} "
+                "samples without the auxiliary's guidance; use sampler=cft, or leave it at 0"
+            )
+        if share > 0 and self.prompts.samples_per_prompt == 1:
+            raise ValueError(
+                f"prompts.guided_roll_ins={share} needs prompts.samples_per_prompt of 2 or more: "
+                "one completion of each prompt is never guided"
+            )
+        if share > 0 and not self.trainer.learns_target:
+            raise ValueError(
+                f"prompts.guided_roll_ins={share} is for the auxiliary, from which this trainer "
+                "learns nothing; leave it at 0"
             )
         return self
 

@@ -52,6 +52,7 @@ def decode(
     uniforms_BT: Float[Tensor, "B T"],
     *,
     guide: Guide | None = None,
+    guided_B: Int[Tensor, " B"] | None = None,
     top_p: float = 1.0,
 ) -> Decoded:
     """Decode the same number of completions for each prompt, together.
@@ -61,9 +62,12 @@ def decode(
         prompts: their token ids.
         uniforms_BT: numbers in [0, 1), one for each token of each row; B is a multiple of S.
         guide: its log R is added to the log-probabilities.
+        guided_B: only to those of so many tokens at the start of each row; None is all of them.
         top_p: sample from the fewest tokens with this much probability; 1 is no truncation.
     """
-    *_, whole = decode_token_by_token(llm, prompts, uniforms_BT, guide=guide, top_p=top_p)
+    *_, whole = decode_token_by_token(
+        llm, prompts, uniforms_BT, guide=guide, guided_B=guided_B, top_p=top_p
+    )
     return whole
 
 
@@ -74,6 +78,7 @@ def decode_token_by_token(
     uniforms_BT: Float[Tensor, "B T"],
     *,
     guide: Guide | None = None,
+    guided_B: Int[Tensor, " B"] | None = None,
     top_p: float = 1.0,
 ) -> Iterator[Decoded]:
     """What `decode` returns as it grows: the completions so far, after every token.
@@ -95,8 +100,11 @@ def decode_token_by_token(
         hidden_BTD[going_G, step] = hidden_GD
         logits_GV = llm.head(hidden_GD)[:, :usable]
         if guide is not None:
-            past = hidden_BTD[going_G, : step + 1], ids_BT[going_G, :step]
-            logits_GV = logits_GV + guide(*past)[:, :usable]
+            guided_G = torch.ones_like(alive_G) if guided_B is None else guided_B[going_G] > step
+            rows_M = going_G[guided_G]
+            if len(rows_M) > 0:
+                past = hidden_BTD[rows_M, : step + 1], ids_BT[rows_M, :step]
+                logits_GV[guided_G] += guide(*past)[:, :usable]
         probs_GV = truncate(logits_GV.softmax(-1), top_p)
         token_G = inverse_cdf(probs_GV, uniforms_BT[going_G, step])
         ids_BT[going_G, step] = token_G

@@ -47,6 +47,8 @@ class Examples:
     hidden_NTD: Float[Tensor, "N T D"]
     ids_NT: Int[Tensor, "N T"]
     mask_NT: Bool[Tensor, "N T"]
+    labeled_NT: Bool[Tensor, "N T"]
+    """The tokens whose label is one of the LLM's own continuation."""
     labels_N: Float[Tensor, " N"]
     weights_N: Float[Tensor, " N"]
     targets_NT: Float[Tensor, "N T"]
@@ -61,6 +63,7 @@ class Examples:
             hidden_NTD=self.hidden_NTD[rows],
             ids_NT=self.ids_NT[rows],
             mask_NT=self.mask_NT[rows],
+            labeled_NT=self.labeled_NT[rows],
             labels_N=self.labels_N[rows],
             weights_N=self.weights_N[rows],
             targets_NT=self.targets_NT[rows],
@@ -76,6 +79,7 @@ class Examples:
             hidden_NTD=F.pad(rollouts.hidden_NTD[rows], (0, 0, 0, missing)),
             ids_NT=F.pad(rollouts.ids_NT[rows], (0, missing)),
             mask_NT=F.pad(rollouts.mask_NT[rows], (0, missing)),
+            labeled_NT=F.pad(rollouts.after_roll_in[rows], (0, missing)),
             labels_N=labels_N,
             weights_N=torch.full_like(labels_N, weight),
             targets_NT=labels_N[:, None].expand(-1, steps),
@@ -88,6 +92,7 @@ class Examples:
             hidden_NTD=torch.cat([part.hidden_NTD for part in parts]),
             ids_NT=torch.cat([part.ids_NT for part in parts]),
             mask_NT=torch.cat([part.mask_NT for part in parts]),
+            labeled_NT=torch.cat([part.labeled_NT for part in parts]),
             labels_N=torch.cat([part.labels_N for part in parts]),
             weights_N=torch.cat([part.weights_N for part in parts]),
             targets_NT=torch.cat([part.targets_NT for part in parts]),
@@ -136,7 +141,9 @@ def fit_auxiliary(  # noqa: PLR0913
     training, validation = Examples.joined(kept), Examples.joined(held_out)
     with seed_everything(seed_for(seed, "fit", newest.rollouts.iteration)):
         epochs = _descend(auxiliary, head, training, validation, config, display, stop, world)
-    quality = measure(auxiliary.frozen(), head, held_out[0], seed=seed)
+    _, held_out_rows = split_by_prompt(newest.unguided, config, seed)
+    unguided = Examples.of(newest.unguided, held_out_rows, steps, 1.0)
+    quality = measure(auxiliary.frozen(), head, unguided, seed=seed)
     return quality | {"auxiliary/epochs": float(epochs), "auxiliary/examples": float(len(training))}
 
 
@@ -241,8 +248,8 @@ def _loss(
         table, ids_NT = auxiliary.table(), own.ids_NT
     evidence = auxiliary(table, own.hidden_NTD, ids_NT, own.mask_NT)
     logits_NT = table.logits_of(evidence.factors_NTR, evidence.offset_NT, ids_NT)
-    weights_NT = own.mask_NT * own.weights_N[:, None]
-    whole_weight = (batch.mask_NT * batch.weights_N[:, None]).sum()
+    weights_NT = own.labeled_NT * own.weights_N[:, None]
+    whole_weight = (batch.labeled_NT * batch.weights_N[:, None]).sum()
     # The shift of balanced batches enters the loss only, so R itself stays calibrated.
     errors_NT = equations.bernoulli_cross_entropy(own.targets_NT, logits_NT + shift)
     loss: Tensor = (errors_NT * weights_NT).sum() / whole_weight

@@ -8,6 +8,10 @@ from pathlib import Path
 METRICS: dict[str, tuple[str, str]] = {
     "iteration": ("outer iteration, from 1", "count"),
     "rollouts/satisfaction": ("share of this iteration's rollouts that satisfy C", "share"),
+    "rollouts/guided_satisfaction": (
+        "share of the rollouts whose beginning R guided that satisfy C; in no other rate",
+        "share",
+    ),
     "rollouts/score": ("mean score of this iteration's rollouts", "0 to 1"),
     "rollouts/missing": ("share of this iteration's rollouts that got no score", "share"),
     "rollouts/scored": ("completions scored in this iteration for training to learn from", "count"),

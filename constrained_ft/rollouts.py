@@ -36,6 +36,7 @@ from constrained_ft.packing import Tree
 from constrained_ft.progress import Display
 from constrained_ft.prompts import Prompt
 from constrained_ft.randomness import generator_for, seed_everything, seed_for
+from constrained_ft.roll_ins import RollIns
 from constrained_ft.sampling_server import SamplingServer, Version, Wanted
 from constrained_ft.scorers import Scorer, score_all
 
@@ -54,10 +55,19 @@ class Rollouts:
     hidden_NTD: Float[Tensor, "N T D"]
     """The sampling LLM's last hidden state that predicts each completion token."""
     texts: tuple[str, ...]
+    guided_N: Int[Tensor, " N"]
+    """Tokens that R may have guided at the start (`roll_ins`); 0 is a sample of the LLM alone."""
     iteration: int
     """Iteration at whose start the sampling LLM stood."""
     sampled_by: str
     """The sampler: `cft`, `hf`, or the adapter that a sampling server named in its answers."""
+
+    @property
+    def after_roll_in(self) -> Bool[Tensor, "N T"]:
+        """Tokens behind which nothing is guided: the label is what the LLM makes of the text."""
+        last_N = torch.minimum(self.guided_N, self.mask_NT.sum(-1)) - 1
+        steps_T = torch.arange(self.ids_NT.shape[1], device=last_N.device)
+        return self.mask_NT & (steps_T >= last_N[:, None])
 
     def take(self, rows_M: Int[Tensor, " M"]) -> "Rollouts":
         """Some of the rows."""
@@ -68,6 +78,7 @@ class Rollouts:
             mask_NT=self.mask_NT[rows_M],
             hidden_NTD=self.hidden_NTD[rows_M],
             texts=tuple(self.texts[row] for row in rows_M.tolist()),
+            guided_N=self.guided_N[rows_M],
         )
 
     @property
@@ -99,6 +110,20 @@ class LabeledRollouts:
         """The score of the term that is satisfied least."""
         return self.scores_NJ.amin(-1)
 
+    @property
+    def unguided(self) -> "LabeledRollouts":
+        """Without roll-ins: the samples of the LLM itself, which rates and q* are made of."""
+        if not bool((self.rollouts.guided_N > 0).any()):
+            return self
+        rows_M = (self.rollouts.guided_N == 0).nonzero()[:, 0]
+        return replace(
+            self,
+            rollouts=_some_rows(self.rollouts, rows_M.tolist()),
+            scores_NJ=self.scores_NJ[rows_M],
+            satisfied_N=self.satisfied_N[rows_M],
+            labels_N=self.labels_N[rows_M],
+        )
+
 
 def sample(  # noqa: PLR0913
     llm: FrozenLLM,
@@ -112,6 +137,7 @@ def sample(  # noqa: PLR0913
     display: Display,
     stop: StopRequest,
     guide: Guide | None = None,
+    roll_ins: RollIns | None = None,
     top_p: float = 1.0,
     world: World | None = None,
     each: Callable[[Rollouts], None] | None = None,
@@ -131,6 +157,7 @@ def sample(  # noqa: PLR0913
         stop: polled between batches.
         guide: log R of every next token, added to the log-probabilities: guided decoding, always by
             this package's sampler.
+        roll_ins: guides the beginnings of some completions instead.
         top_p: sample from the fewest tokens with this much probability; 1 is no truncation.
         world: who shares the work; every rank gets all completions. None is this process alone.
         each: called with this rank's completions of each batch as soon as they are there.
@@ -146,7 +173,6 @@ def sample(  # noqa: PLR0913
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
     mine = world.share(order)
     asked = _Asked(samples=samples_per_prompt, steps=max_new_tokens, seed=seed, iteration=iteration)
-    by_hf = sampler.kind == "hf" and guide is None
     parts: list[Rollouts] = []
     with _version(server, llm, iteration, world) as version:
         for start in range(0, len(mine), per_batch):
@@ -154,14 +180,11 @@ def sample(  # noqa: PLR0913
             batch = [prompts[i] for i in mine[start : start + per_batch]]
             if version is not None:
                 parts.append(_by_server(version, llm, batch, asked, stop))
+            elif sampler.kind == "hf" and guide is None:
+                found = _by_generate(llm, batch, asked, top_p)
+                parts.append(_rollouts(llm, batch, found, asked, "hf"))
             else:
-                if by_hf:
-                    found = _by_generate(llm, batch, asked, top_p)
-                else:
-                    uniforms_BT = asked.uniforms(batch).to(llm.device)
-                    ids = [prompt.token_ids for prompt in batch]
-                    found = decode(llm, ids, uniforms_BT, guide=guide, top_p=top_p)
-                parts.append(_rollouts(llm, batch, found, asked, "hf" if by_hf else "cft"))
+                parts.append(_by_cft(llm, batch, asked, roll_ins or guide, top_p))
             if each is not None:
                 each(parts[-1])
             display.advance(len(batch) * samples_per_prompt * world.size)  # others are as far
@@ -210,6 +233,25 @@ def _by_generate(llm: FrozenLLM, prompts: Sequence[Prompt], asked: _Asked, top_p
             max_new_tokens=asked.steps,
             top_p=top_p,
         )
+
+
+def _by_cft(
+    llm: FrozenLLM,
+    prompts: Sequence[Prompt],
+    asked: _Asked,
+    guide: RollIns | Guide | None,
+    top_p: float,
+) -> Rollouts:
+    uniforms_BT = asked.uniforms(prompts).to(llm.device)
+    ids = [prompt.token_ids for prompt in prompts]
+    if not isinstance(guide, RollIns):
+        found = decode(llm, ids, uniforms_BT, guide=guide, top_p=top_p)
+        return _rollouts(llm, prompts, found, asked, "cft")
+    guided_B = guide.lengths(
+        prompts, asked.samples, asked.steps, seed=asked.seed, iteration=asked.iteration
+    ).to(llm.device)
+    found = decode(llm, ids, uniforms_BT, guide=guide.guide, guided_B=guided_B, top_p=top_p)
+    return replace(_rollouts(llm, prompts, found, asked, "cft"), guided_N=guided_B)
 
 
 def _by_server(
@@ -269,15 +311,20 @@ def with_scores(
     scores_NJ = torch.tensor(
         [[term[i] for term in scores] for i in rows], dtype=torch.float32, device=device
     ).reshape(len(rows), len(scores))
-    said = verdict(scores_NJ, constraint, before=before)
+    rollouts = rollouts if missing == 0 else _some_rows(rollouts, rows)
+    own_N = rollouts.guided_N == 0
+    said = verdict(scores_NJ[own_N], constraint, before=before)
+    effective = said.effective
+    if not bool(own_N.all()):
+        said = verdict(scores_NJ, constraint, said.settled)
     return LabeledRollouts(
-        rollouts=rollouts if missing == 0 else _some_rows(rollouts, rows),
+        rollouts=rollouts,
         scores_NJ=scores_NJ,
         satisfied_N=said.satisfied_NJ.all(-1),
         labels_N=said.labels_N,
         missing=missing,
         settled=said.settled,
-        effective=said.effective,
+        effective=effective,
     )
 
 
@@ -357,6 +404,7 @@ def joined(parts: Sequence[Rollouts], prompts: Sequence[Prompt]) -> Rollouts:
         mask_NT=join(part.mask_NT for part in parts)[order],
         hidden_NTD=join(part.hidden_NTD for part in parts)[order],
         texts=tuple(texts[row] for row in order.tolist()),
+        guided_N=torch.cat([part.guided_N for part in parts])[order],
         iteration=parts[0].iteration,
         sampled_by=parts[0].sampled_by,
     )
@@ -374,6 +422,7 @@ def _rollouts(
         mask_NT=found.mask_BT,
         hidden_NTD=found.hidden_BTD,
         texts=tuple(completion_texts(llm.tokenizer, said)),
+        guided_N=torch.zeros_like(found.ids_BT[:, 0]),
         iteration=asked.iteration,
         sampled_by=sampled_by,
     )
@@ -399,6 +448,7 @@ def rollout_tensors(rollouts: Rollouts) -> dict[str, Tensor]:
         "ids": rollouts.ids_NT,
         "mask": rollouts.mask_NT,
         "hidden": rollouts.hidden_NTD,
+        "guided": rollouts.guided_N,
     }
 
 
@@ -429,6 +479,7 @@ def rollouts_from(tensors: Mapping[str, Tensor], facts: Any) -> Rollouts:
         mask_NT=tensors["mask"],
         hidden_NTD=tensors["hidden"],
         texts=tuple(facts["texts"]),
+        guided_N=tensors["guided"],
         iteration=facts["iteration"],
         sampled_by=facts["sampled_by"],
     )

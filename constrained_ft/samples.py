@@ -43,7 +43,7 @@ def record_iteration(
     judged: dict[str, float] = {}
     if target.iteration == iteration:
         write_rollouts(folder, iteration, _rollout_rows(parts.replay[0]), parts)
-        judged = _ask_judges(parts, config, parts.replay[0].rollouts)
+        judged = _ask_judges(parts, config, parts.replay[0].unguided.rollouts)
     record_samples(parts, config, folder, iteration, guided=True)
     return judged
 
@@ -144,12 +144,20 @@ def _rollout_rows(labeled: LabeledRollouts) -> list[dict[str, object]]:
     rollouts = labeled.rollouts
     by = {"sampled_by": rollouts.sampled_by}
     return [
-        {"prompt": prompt, "completion": text, "score": score, "satisfied": satisfied} | by
-        for prompt, text, score, satisfied in zip(
+        {
+            "prompt": prompt,
+            "completion": text,
+            "score": score,
+            "satisfied": satisfied,
+            "guided_tokens": guided,
+        }
+        | by
+        for prompt, text, score, satisfied, guided in zip(
             rollouts.prompt_texts,
             rollouts.texts,
             labeled.least_scores.tolist(),
             labeled.satisfied_N.tolist(),
+            rollouts.guided_N.tolist(),
             strict=True,
         )
     ]

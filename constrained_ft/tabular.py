@@ -227,6 +227,7 @@ def every_completion(llm: LLM, length: int) -> Rollouts:
         mask_NT=torch.arange(length, device=llm.device) < lengths_N[:, None],
         hidden_NTD=torch.zeros(*ids_NT.shape, 0, device=llm.device),
         texts=tuple(texts),
+        guided_N=torch.zeros_like(lengths_N),
         iteration=0,
         sampled_by="every completion",
     )

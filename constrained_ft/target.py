@@ -29,6 +29,7 @@ from constrained_ft.mining import prompts_to_sample
 from constrained_ft.parts import KL_TOLERANCE, Parts
 from constrained_ft.progress import Display
 from constrained_ft.randomness import generator_for
+from constrained_ft.roll_ins import RollIns
 from constrained_ft.rollouts import (
     LabeledRollouts,
     Rollouts,
@@ -225,6 +226,7 @@ def learn_auxiliary(
                 world=parts.world,
                 each=scoring.begin,
                 server=parts.server,
+                roll_ins=_roll_ins(parts, config),
             )
         display.phase("scoring", len(rollouts.texts))
         with parts.phases.during("scoring") as spent:
@@ -234,10 +236,11 @@ def learn_auxiliary(
             labeled = with_scores(rollouts, scores, constraint, before)
             spent.tokens += int(rollouts.mask_NT.sum())
     _warn_of_missing(scored, display)
-    satisfaction = float(labeled.satisfied_N.float().mean())
+    own = labeled.unguided
+    satisfaction = float(own.satisfied_N.float().mean())
     display.advance(len(rollouts.texts), satisfaction=satisfaction)
     if not parts.replay:
-        parts.auxiliary.start_at(float(labeled.labels_N.mean()))
+        parts.auxiliary.start_at(float(own.labels_N.mean()))
     parts.replay = [with_labels_of(past, labeled, constraint) for past in parts.replay]
     parts.remember(labeled, config.auxiliary.replay_iterations)
     display.phase("fitting the auxiliary", config.auxiliary.max_epochs)
@@ -254,19 +257,30 @@ def learn_auxiliary(
         )
         spent.tokens += sum(int(past.rollouts.mask_NT.sum()) for past in parts.replay)
         if constraint.terms:
-            own = parts.auxiliary.frozen().satisfaction(labeled.rollouts)
-            metrics |= measure_terms(labeled, own, config)
+            said = parts.auxiliary.frozen().satisfaction(own.rollouts)
+            metrics |= measure_terms(own, said, config)
     if parts.server is not None and parts.server.gap is not None:
         metrics["rollouts/logprob_gap"] = parts.server.gap
-    lengths_N = rollouts.mask_NT.sum(-1).float()
-    return labeled, metrics | _term_metrics(labeled, constraint) | {
+    lengths_N = own.rollouts.mask_NT.sum(-1).float()
+    guided_N = labeled.satisfied_N[labeled.rollouts.guided_N > 0].float()
+    if len(guided_N) > 0:
+        metrics["rollouts/guided_satisfaction"] = float(guided_N.mean())
+    return labeled, metrics | _term_metrics(own, constraint) | {
         "rollouts/satisfaction": satisfaction,
-        "rollouts/score": float(labeled.least_scores.mean()),
+        "rollouts/score": float(own.least_scores.mean()),
         "rollouts/missing": labeled.missing / len(rollouts.texts),
         "rollouts/scored": float(len(rollouts.texts)) * config.trainer.learns_target,
-        "rollouts/effective_labels": labeled.effective / len(labeled.labels_N),
+        "rollouts/effective_labels": labeled.effective / len(own.labels_N),
         "rollouts/length": float(lengths_N.mean()),
     }
+
+
+def _roll_ins(parts: Parts, config: Config) -> RollIns | None:
+    """None before R has seen anything."""
+    share = config.prompts.guided_roll_ins
+    if share == 0 or not parts.replay:
+        return None
+    return RollIns(guide=parts.auxiliary.frozen().guide(), share=share)
 
 
 def _term_metrics(labeled: LabeledRollouts, constraint: ConstraintConfig) -> dict[str, float]:
@@ -314,7 +328,7 @@ def build_target(
     that of all rollouts, and little time goes to text that the constraint has nothing to say about.
 
     Args:
-        labeled: all rollouts of one iteration.
+        labeled: all rollouts of one iteration; those that R guided are left out.
         auxiliary: R.
         head: output head of the LLM that sampled them.
         config: sections `constraint` and `trainer`, and the seed.
@@ -322,7 +336,8 @@ def build_target(
         facts: what those passes gave, where a target is built again.
     """
     world = world or World.alone()
-    rollouts, trainer = labeled.rollouts, config.trainer
+    labeled, trainer = labeled.unguided, config.trainer
+    rollouts = labeled.rollouts
     evidence = auxiliary.read(rollouts)
     if facts is None:
         satisfaction = _prompt_satisfaction(labeled, evidence, auxiliary, head, world)

@@ -92,6 +92,7 @@ def rollouts_of(prompts: int, samples: int, seed: int = 0, iteration: int = 1) -
         mask_NT=mask_NT,
         hidden_NTD=hidden_NTD,
         texts=("",) * count,
+        guided_N=torch.zeros(count, dtype=torch.long),
         iteration=iteration,
         sampled_by="cft",
     )

@@ -92,6 +92,7 @@ def foreseen(outside: float, *, dependent: bool = False) -> dict[str, float]:
         mask_NT=torch.ones(count, steps, dtype=torch.bool),
         hidden_NTD=hidden_NTD,
         texts=("",) * count,
+        guided_N=torch.zeros(count, dtype=torch.long),
         iteration=1,
         sampled_by="cft",
     )
