@@ -5,6 +5,9 @@ manifest, written last, holds size and SHA-256 of every file. Tensors are safete
 JSON: nothing that is read back can run code. All randomness is keyed and every order is a function
 of counters, so the state is the trained weights, the optimizer and its schedule, R, the replayed
 rollouts, what the newest target is built again from, and the iteration.
+
+Where weights are sharded, all ranks that share them save together: each writes its part of the
+weights and of the optimizer to a folder inside, the first everything else.
 """
 
 import hashlib
@@ -12,7 +15,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -31,11 +34,13 @@ from constrained_ft.optimization import Optimization
 from constrained_ft.parts import Parts
 from constrained_ft.rollouts import labeled_facts, labeled_from, labeled_tensors
 from constrained_ft.run_folder import RunFolder
+from constrained_ft.sharding import read_shards, write_shards
 from constrained_ft.target import Facts, Reference, Target, build_target
 
 _MANIFEST, _STATE = "manifest.json", "state.json"
 _LLM, _AUXILIARY = "llm.safetensors", "auxiliary.safetensors"
 _OPTIMIZER, _TARGET = "optimizer.safetensors", "target.safetensors"
+_SHARDS = "shards"  # a folder, in the place of the LLM's and the optimizer's files
 _KEPT = 2
 _SPARE = 1.2  # times what is about to be written has to be free
 
@@ -52,7 +57,8 @@ def save(
     Args:
         folder: the run's `checkpoints/`.
         parts: what is saved: trained weights, optimizer, auxiliary, replay.
-        config: the whole run.
+        config: the whole run. Where it shards weights, all ranks that share them save together;
+            else the first does.
         target: the newest one; None before the first iteration.
         row: the metrics of the last finished iteration, which it names.
 
@@ -61,28 +67,52 @@ def save(
     """
     iteration = int(row["iteration"])
     final = folder / f"iteration_{iteration:04d}"
+    sharded = config.trainer.sharding != "none"
+    if not (parts.everyone.leads or sharded):
+        return final
     aside = folder / f".tmp-{final.name}-{uuid.uuid4().hex[:8]}"
     files, state = _contents(parts, config, target)
     state |= {"iteration": iteration, "row": dict(row)}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".tmp-*"):  # by a process that was killed
-            shutil.rmtree(left)
-        _require_space(folder, files)
-        aside.mkdir()
-        for name, tensors in files.items():
-            _write_tensors(aside / name, tensors)
-        (aside / _STATE).write_text(json.dumps(state))
-        _seal(aside)
-        if final.exists():
-            shutil.rmtree(final)
-        aside.replace(final)
-        _sync(folder)
+        if parts.everyone.leads:
+            _begin(folder, aside, files)
+        if sharded:
+            shards = {_LLM: files.pop(_LLM), _OPTIMIZER: files.pop(_OPTIMIZER)}
+            state["moments"] = list(shards[_OPTIMIZER])
+            _, told = unpack(parts.world.tell(pack({}, aside.name)))
+            with parts.world.together():
+                write_shards(folder / str(told) / _SHARDS, _named(shards), parts.world)
+        if parts.everyone.leads:
+            for name, tensors in files.items():
+                _write_tensors(aside / name, tensors)
+            (aside / _STATE).write_text(json.dumps(state))
+            _seal(aside)
+            if final.exists():
+                shutil.rmtree(final)
+            aside.replace(final)
+            _sync(folder)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(f"cannot write the checkpoint {final}: {error}") from error
-    _prune(folder)
+    if parts.everyone.leads:
+        _prune(folder)
+    if sharded:
+        parts.world.agree()  # from here on all may read it
     return final
+
+
+def _begin(folder: Path, aside: Path, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """A new folder to write to, and the space for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".tmp-*"):  # by a process that was killed
+        shutil.rmtree(left)
+    _require_space(folder, files)
+    aside.mkdir()
+
+
+def _named(shards: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """All tensors that are sharded under names of their own."""
+    return {f"{file}/{name}": t for file, tensors in shards.items() for name, t in tensors.items()}
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
@@ -169,9 +199,17 @@ def restore_llm(checkpoint: Path, parts: Parts) -> None:
     """
     try:
         state = json.loads((checkpoint / _STATE).read_text())
-        tensors = _read_tensors(checkpoint / _LLM, parts.llm.device)
-        _require_same(parts.llm.trained_parameters(), tensors)
-        _read_optimization(checkpoint, state, parts)
+        own = parts.llm.trained_parameters()
+        if (checkpoint / _SHARDS).is_dir():
+            tensors = {name: torch.empty_like(parameter) for name, parameter in own.items()}
+            moments = {key: _empty_moment(key, list(own.values())) for key in state["moments"]}
+            read_shards(checkpoint / _SHARDS, _named({_LLM: tensors, _OPTIMIZER: moments}))
+        else:
+            tensors = _read_tensors(checkpoint / _LLM, parts.llm.device)
+            _require_same(own, tensors)
+            # AdamW keeps its step counters on the CPU.
+            moments = _read_tensors(checkpoint / _OPTIMIZER, torch.device("cpu"))
+        _put_optimization(moments, state, parts)
         parts.llm.load_trained(tensors)
     except (OSError, LookupError, TypeError, RuntimeError, ValueError) as error:
         raise _misfit(checkpoint, error) from error
@@ -294,7 +332,7 @@ def _fault(checkpoint: Path, *, thorough: bool = True) -> str | None:
         manifest = json.loads(text)
         if _manifest_text(manifest) != text:
             return f"{_MANIFEST} is damaged"
-        there = {path.name for path in checkpoint.iterdir()} - {_MANIFEST}
+        there = {_name(path, checkpoint) for path in _files(checkpoint)} - {_MANIFEST}
         if there != manifest.keys() or _STATE not in there:
             return f"files are missing or strange: {', '.join(sorted(there ^ manifest.keys()))}"
         for name, facts in manifest.items():
@@ -323,15 +361,25 @@ def _manifest_text(manifest: object) -> str:
 
 def _seal(folder: Path) -> None:
     """Write the manifest last and wait until everything is on the disk."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = _files(folder)
     for path in files:
         _sync(path)
     manifest = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+        _name(path, folder): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in files
     }
     (folder / _MANIFEST).write_text(_manifest_text(manifest))
-    for path in (folder / _MANIFEST, folder):
+    folders = [path for path in folder.iterdir() if path.is_dir()]
+    for path in (folder / _MANIFEST, *folders, folder):
         _sync(path)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if not path.is_dir())
+
+
+def _name(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
 
 
 def _sync(path: Path) -> None:
@@ -388,10 +436,16 @@ def _optimization(optimization: Optimization) -> tuple[dict[str, Tensor], dict[s
     }
 
 
-def _read_optimization(checkpoint: Path, state: dict[str, Any], parts: Parts) -> None:
+def _empty_moment(key: str, parameters: Sequence[Tensor]) -> Tensor:
+    """What a tensor of the optimizer is read into, divided as its parameter is."""
+    index, name = key.split(".")
+    return torch.zeros(()) if name == "step" else torch.empty_like(parameters[int(index)])
+
+
+def _put_optimization(
+    tensors: Mapping[str, Tensor], state: Mapping[str, Any], parts: Parts
+) -> None:
     slots: dict[int, dict[str, Tensor]] = {}
-    # AdamW keeps its step counters on the CPU.
-    tensors = _read_tensors(checkpoint / _OPTIMIZER, torch.device("cpu"))
     shapes = [parameter.shape for parameter in parts.llm.trained_parameters().values()]
     for key, tensor in tensors.items():
         index, name = key.split(".")

@@ -428,6 +428,11 @@ class TrainerConfig(Section):
     precision: Literal["auto", "bf16", "fp32"]
     """Arithmetic of the trunk. auto: bf16 where the device multiplies it fast, else fp32. The
     output head and both losses are always float32."""
+    sharding: Literal["none", "fsdp2"] = "none"
+    """Where the LLM's weights, gradients and moments are during an update. none: whole on every
+    rank that updates. fsdp2: divided among these ranks by torch's fully_shard, each layer gathered
+    while it runs; for all weights (llm.lora=null) that do not fit otherwise. Sampling and
+    measuring gather whole weights still."""
 
     @property
     def is_plain(self) -> bool:
@@ -698,6 +703,11 @@ class Config(Section):
             )
         if self.trainer.trl is not None:
             raise ValueError("trainer.trl samples by itself; use sampler=cft")
+        if self.trainer.sharding != "none":
+            raise ValueError(
+                "sampler.kind=vllm_server takes adapters from whole weights; use "
+                "trainer.sharding=none, or sampler=cft"
+            )
         return self
 
     @model_validator(mode="after")
@@ -707,6 +717,8 @@ class Config(Section):
             return self
         if self.placement.kind == "peers":
             raise ValueError("trainer.trl runs in one process; use placement=inline")
+        if self.trainer.sharding != "none":
+            raise ValueError("trainer.trl runs in one process; use trainer.sharding=none")
         total = prompts.prompts_per_iteration * prompts.samples_per_prompt
         if total % steps or total < 2 * steps:
             raise ValueError(

@@ -180,6 +180,18 @@ class World:
                 found[name] = world
         return found
 
+    @property
+    def bulk_group(self) -> dist.ProcessGroup:
+        """torch's own group of these ranks, who are several, for weights and gradients."""
+        assert self._bulk is not None
+        return self._bulk
+
+    @property
+    def control_group(self) -> dist.ProcessGroup:
+        """The same for everything else, over gloo."""
+        assert self._control is not None
+        return self._control
+
     def share(self, items: Shared) -> Shared:
         """This rank's part of some work, perhaps none: every size-th item, from its rank on."""
         return items[self.rank :: self.size]  # type: ignore[return-value]  # a slice is of its type
@@ -201,6 +213,21 @@ class World:
             self._meet(links, f"{self._name}/{self._met}")
         except RuntimeError as error:
             raise PeerError(f"the connection to the other ranks is lost: {error}") from error
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Work that torch exchanges in by itself: all begin it together.
+
+        Raises:
+            CftError: what another rank failed with meanwhile, as far as it could still say so.
+        """
+        self.agree()
+        try:
+            yield
+        except RuntimeError:
+            if self._links is not None:
+                self._links.raise_failure()
+            raise
 
     def _meet(self, links: _Links, place: str) -> None:
         """One word decides for all: `go` of the last to come, or `stop` of one that leaves."""

@@ -16,6 +16,7 @@ many tokens as the mean completion has count as one sequence.
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -34,6 +35,7 @@ from constrained_ft.packing import Packed, Tree
 from constrained_ft.parts import KL_TOLERANCE, Parts
 from constrained_ft.randomness import generator_for, seed_everything, seed_for
 from constrained_ft.rollouts import completion_trees
+from constrained_ft.sharding import gathered
 from constrained_ft.target import Target
 
 
@@ -76,11 +78,8 @@ def update_llm(parts: Parts, target: Target, config: Config, iteration: int) -> 
                 live=trainer.reference == "live" or (trainer.reference == "fresh" and index == 0),
                 world=world,
             )
-            norm = float(
-                torch.nn.utils.clip_grad_norm_(
-                    llm.trained_parameters().values(), trainer.max_grad_norm
-                )
-            )
+            trained = llm.trained_parameters().values()
+            norm = float(gathered(torch.nn.utils.clip_grad_norm_(trained, trainer.max_grad_norm)))
             fault = fault_of_step(losses, norm, guard, step)
             if fault is None:
                 optimization.optimizer.step()
@@ -157,7 +156,8 @@ def backward_of_step(  # noqa: PLR0913
     """Add the gradient of one optimizer step's loss, in as many passes as there are batches.
 
     The ranks share the rollouts and have corpus rows of their own; every rank ends with the
-    gradient of the whole loss, every count in it being that of all ranks.
+    gradient of the whole loss, every count in it being that of all ranks. Where weights are
+    sharded, it ends with its part of it, and each pass sums.
 
     Args:
         llm: what moves.
@@ -183,13 +183,15 @@ def backward_of_step(  # noqa: PLR0913
     own_N = used_N.tensor_split(world.size)[world.rank]
     ce_sum, kl_sum = 0.0, 0.0
     for rows, part_N in zip(passes, own_N.tensor_split(len(passes)), strict=True):
-        if rows or len(part_N) > 0:
-            ce, kl = _backward_of_pass(
-                llm, target, part_N, rows, config, (1.0 / tokens, scale), live
-            )
+        if rows or len(part_N) > 0 or llm.is_sharded:
+            with world.together() if llm.is_sharded else nullcontext():
+                ce, kl = _backward_of_pass(
+                    llm, target, part_N, rows, config, (1.0 / tokens, scale), live
+                )
             ce_sum, kl_sum = ce_sum + ce, kl_sum + kl
     ce_sum, kl_sum = world.totals([ce_sum, kl_sum])
-    world.add_gradients(llm.trained_parameters().values())
+    if not llm.is_sharded:
+        world.add_gradients(llm.trained_parameters().values())
     return {
         "update/ce": ce_sum / tokens if config.corpus else 0.0,
         "update/kl": kl_sum / num_prompts / target.completion_length,
@@ -223,38 +225,58 @@ def _backward_of_pass(  # noqa: PLR0913
     Returns:
         The sum of cross-entropies and the sum of share w KL, unscaled, in nats.
     """
+    ce_scale, kl_scale = scales
+
+    def compute() -> tuple[Tensor, Tensor, Tensor]:
+        ce, kl = _losses_of_pass(llm, target, rows_N, corpus, config, live)
+        return kl_scale * kl + ce_scale * ce, ce.detach(), kl.detach()
+
+    loss, ce, kl = llm.inside(compute)
+    loss.backward()
+    return float(ce), float(kl)
+
+
+def _losses_of_pass(
+    llm: LLM,
+    target: Target,
+    rows_N: Int[Tensor, " N"],
+    corpus: Sequence[Row],
+    config: TrainerConfig,
+    live: bool,  # noqa: FBT001
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """The sum of cross-entropies and the sum of share w KL, in nats."""
     rows_N = rows_N.sort().values  # the rows of a prompt are neighbours then
-    trees = completion_trees(target.rollouts, rows_N)
+    trees = list(completion_trees(target.rollouts, rows_N))
+    if not trees and not corpus:  # sharded weights: a rank without work takes part, for nothing
+        trees = [Tree(stem=(0,))]
     packed = llm.pack([*trees, *(Tree(stem=row.token_ids) for row in corpus)])
     states_SD = llm.packed_states(packed)
+    head = llm.head
     slots_M, rows_M, steps_M = _kl_places(rows_N, packed)
     # They share no rows: no prefix of a rollout is a prefix of the corpus.
     hidden_MD, tilt = states_SD[slots_M], target.tilt(rows_M, steps_M)
     if live:
-        tilt = replace(tilt, hidden_MD=hidden_MD, head=llm.head)
+        tilt = replace(tilt, hidden_MD=hidden_MD, head=head)
     said_M = target.rollouts.ids_NT[rows_M, steps_M]
     if config.divergence == "forward_kl":
-        kl = fused_losses(hidden_MD, llm.head, tilt=tilt).loss
+        kl = fused_losses(hidden_MD, head, tilt=tilt).loss
     elif config.divergence == "accepted":
         accepted = Labels(next_M=said_M, weights_M=tilt.weights_M)
-        kl = fused_losses(hidden_MD, llm.head, labels=accepted).loss
+        kl = fused_losses(hidden_MD, head, labels=accepted).loss
     elif config.divergence == "none":
         kl = hidden_MD.new_zeros(())
     else:
         kl = divergence_loss(
             config.divergence,
             hidden_MD,
-            llm.head,
+            head,
             tilt,
             share_M=target.share_N[rows_M],
             said_M=said_M,
             rows_M=rows_M,
             steps_M=steps_M,
         )
-    ce = _corpus_loss(llm, states_SD, corpus, packed.stems[len(trees) :])
-    ce_scale, kl_scale = scales
-    (kl_scale * kl + ce_scale * ce).backward()
-    return float(ce.detach()), float(kl.detach())
+    return _corpus_loss(llm, states_SD, corpus, packed.stems[len(trees) :]), kl
 
 
 def backward_of_corpus(llm: LLM, passes: Sequence[Sequence[Row]]) -> tuple[float, int]:

@@ -7,9 +7,10 @@ The trunk (everything below the output head) runs in the trunk's precision; the 
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import peft
 import torch
@@ -18,20 +19,25 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from constrained_ft.config import LLMConfig
+from constrained_ft.distributed import World
 from constrained_ft.encoding import pad_id
 from constrained_ft.errors import ModelError
 from constrained_ft.fused import Head
 from constrained_ft.packing import Packed, Slots, Tree, pack, pad_right
+from constrained_ft.sharding import Root, divide_weights, gathered, put_weights, remove_weights
 
 _ROW_SLOTS = 256  # most of a packed row; longer ones spend more on attention than they save
 _STRIDE = 37  # between the token ids that models are tried out on
+
+Found = TypeVar("Found")
 
 
 class FrozenLLM:
     """A copy of the LLM that training cannot change: the reference p.
 
     Frozen base weights are shared with the LLM; the trained tensors (adapters, or all weights) are
-    this copy's own and are swapped in for the length of a call.
+    this copy's own and are swapped in for the length of a call. Of an LLM whose weights are
+    sharded, all weights are this copy's own, and whole.
     """
 
     def __init__(self, llm: "LLM", trained: Mapping[str, Tensor], head: Head) -> None:
@@ -186,15 +192,61 @@ class LLM:
         # Renamed in transformers 5.24, model by model.
         takes = inspect.signature(self.trunk.forward).parameters
         self.cache_keyword = "cache" if "cache" in takes else "past_key_values"
-        self._head = _head_of(module)
+        self._root: Root | None = None
+        self._still = False  # whole weights that nothing trains meanwhile
+        head = _head_of(module)
+        self._frozen_head = None if head.weight_VD.requires_grad else head
         self.module.eval()
         _check_head(self)
         self.packs = _can_pack(self)
 
     @property
     def head(self) -> Head:
-        """The live head; its weight carries gradients when all weights are trained."""
-        return self._head
+        """The live head; its weight carries gradients when all weights are trained.
+
+        Such a weight is whole inside `inside` alone where weights are sharded.
+        """
+        return _head_of(self._live) if self._frozen_head is None else self._frozen_head
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank has a part of the weights."""
+        return self._root is not None
+
+    @property
+    def _live(self) -> PreTrainedModel:
+        """What is trained: `module`, or a copy with sharded weights; `module` has none then."""
+        return self.module if self._root is None else self._root.module
+
+    def shard(self, world: World) -> None:
+        """Divide the weights among ranks, each of which has to do this; before an optimizer."""
+        self._root = divide_weights(self.module, world)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """`module` with whole weights, which nothing may train meanwhile.
+
+        All ranks that share the weights take part. A frozen copy made here is valid here.
+        """
+        root = self._root
+        if root is None:
+            yield
+            return
+        whole = {n: gathered(p.detach()) for n, p in root.module.named_parameters()}
+        put_weights(self.module, whole)
+        self._root, self._still = None, True
+        try:
+            yield
+        finally:
+            remove_weights(self.module)
+            self._root, self._still = root, False
+
+    def inside(self, compute: Callable[[], Found]) -> Found:
+        """Compute a loss with the live weights; see `sharding.Root`."""
+        if self._root is None:
+            return compute()
+        found: Found = self._root(compute)
+        return found
 
     @property
     def bf16(self) -> bool:
@@ -210,11 +262,12 @@ class LLM:
     @contextmanager
     def training(self) -> Iterator[None]:
         """Dropout and gradient checkpointing on, for the length of an update."""
-        self.module.train()
+        live = self._live
+        live.train()
         try:
             yield
         finally:
-            self.module.eval()
+            live.eval()
 
     def checkpoint_activations(self) -> None:
         """Compute activations again in the backward pass instead of keeping them."""
@@ -274,43 +327,60 @@ class LLM:
         self.slots.add(int(packed.lengths_B.sum()), packed.ids_BL.numel())
         with self.autocast():
             inputs = self.packed_inputs(packed)
-            hidden_BLD: Tensor = self.trunk(**inputs, use_cache=False).last_hidden_state
+            trunk = self._live.base_model
+            hidden_BLD: Tensor = trunk(**inputs, use_cache=False).last_hidden_state
         return hidden_BLD.flatten(0, 1)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """What the optimizer moves, by name."""
-        return {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        return {n: p for n, p in self._live.named_parameters() if p.requires_grad}
+
+    def whole_trained(self) -> dict[str, Tensor]:
+        """The same whole, on every rank; all that share the weights have to ask."""
+        return {n: gathered(p.detach()) for n, p in self.trained_parameters().items()}
 
     def frozen(self) -> FrozenLLM:
-        """A frozen copy of the LLM as it is now."""
+        """A frozen copy of the LLM as it is now; all ranks that share the weights make it."""
         # Autocast would round adapters to the trunk's type again in every product.
         rounds = self._bf16 and self.peft_model is not None
+        copies = not (self.is_sharded or self._still)
         trained = {
-            name: parameter.detach().to(torch.bfloat16 if rounds else parameter.dtype, copy=True)
-            for name, parameter in self._trained_of_trunk()
+            name: tensor.to(torch.bfloat16 if rounds and trains else tensor.dtype, copy=copies)
+            for name, tensor, trains in self._own_of_trunk()
         }
-        return FrozenLLM(self, trained, self.head.frozen())
+        return FrozenLLM(self, trained, self._whole_head())
 
     def without_adapters(self) -> FrozenLLM:
         """The model that the adapters were put on, where adapters are trained."""
-        zeros = {name: torch.zeros_like(parameter) for name, parameter in self._trained_of_trunk()}
-        return FrozenLLM(self, zeros, self.head.frozen())
+        own = {
+            name: torch.zeros_like(tensor) if trains else tensor
+            for name, tensor, trains in self._own_of_trunk()
+        }
+        return FrozenLLM(self, own, self._whole_head())
 
-    def _trained_of_trunk(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return (pair for pair in self.trunk.named_parameters() if pair[1].requires_grad)
+    def _own_of_trunk(self) -> Iterator[tuple[str, Tensor, bool]]:
+        """What a frozen copy does not share: names, whole tensors, and whether they are trained."""
+        for name, parameter in self._live.base_model.named_parameters():
+            if parameter.requires_grad or self.is_sharded:
+                yield name, gathered(parameter.detach()), parameter.requires_grad
+
+    def _whole_head(self) -> Head:
+        head = self.head.frozen()
+        bias = None if head.bias_V is None else gathered(head.bias_V)
+        return replace(head, weight_VD=gathered(head.weight_VD), bias_V=bias)
 
     def whole(self, trained: Mapping[str, Tensor], head: Head) -> dict[str, Tensor]:
         """Trained tensors of the trunk and a head, under their names in `_Generate`."""
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         live = dict(self.trunk.named_parameters())
         found = {f"module.{names[id(live[name])]}": tensor for name, tensor in trained.items()}
-        # A tied head is the trunk's; a frozen one is the module's own.
-        for parameter, tensor in (
-            (self.head.weight_VD, head.weight_VD),
-            (self.head.bias_V, head.bias_V),
-        ):
-            if parameter is not None and parameter.requires_grad and tensor is not None:
-                found.setdefault(f"module.{names[id(parameter)]}", tensor)
+        # A tied head is the trunk's; a frozen one is the module's own, where that has weights.
+        layer = self.module.get_output_embeddings()
+        assert isinstance(layer, nn.Linear)
+        for name, parameter in layer.named_parameters(recurse=False):
+            tensor = head.weight_VD if name == "weight" else head.bias_V
+            if tensor is not None and (parameter.requires_grad or parameter.is_meta):
+                found.setdefault(f"module.{names[id(parameter)]}", tensor.to(parameter.dtype))
         return found
 
     def load_trained(self, tensors: Mapping[str, Tensor]) -> None:

@@ -52,6 +52,8 @@ def activation_bytes(llm: LLM) -> float:
 def estimate_memory(llm: LLM, prompts: Prompts, config: Config, evaluation: int = 0) -> int | None:
     """Bytes at the peak of a run whose parts are loaded; None where the system does not tell.
 
+    None too where weights are sharded: what is rehearsed here needs whole ones.
+
     The passes of the largest update are rehearsed, as no count knows what an allocator leaves
     unused between tensors. To their peak comes what training adds for good; the other stages are
     reckoned from what is held now.
@@ -64,7 +66,7 @@ def estimate_memory(llm: LLM, prompts: Prompts, config: Config, evaluation: int 
             measuring the fine-tuned one takes them again.
     """
     held = held_memory(llm.device)
-    if held is None:
+    if held is None or llm.is_sharded:
         return None
     rehearsed = peak_during(lambda: _rehearse_update(llm, prompts, config), llm.device)
     update = held + _update_bytes(llm, prompts, config) if rehearsed is None else rehearsed
@@ -177,7 +179,7 @@ def _state_bytes(llm: LLM) -> int:
 def memory_words(llm: LLM, estimate: int | None) -> str:
     """The estimate, before a run."""
     if estimate is None:
-        return "not known on this system"
+        return "not known on this system" if not llm.is_sharded else "not known: sharded weights"
     again = ", activations computed twice" if llm.checkpoints else ""
     return f"about {estimate / 2**30:.1f} GiB{again}"
 

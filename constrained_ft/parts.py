@@ -186,6 +186,18 @@ def _sampling_server(config: Config, folder: RunFolder | None) -> SamplingServer
     return server
 
 
+def shard_llm(parts: Parts, config: Config) -> None:
+    """Divide the LLM's weights among the ranks that update it, where the configuration asks.
+
+    The optimizer is made again: it has to move what is there now.
+    """
+    if config.trainer.sharding == "none" or parts.world.size == 1:
+        return
+    with parts.world.together():
+        parts.llm.shard(parts.world)
+    parts.optimization = build_optimization(parts.llm, config.trainer)
+
+
 def _filtered(
     corpus: Corpus,
     config: Config,

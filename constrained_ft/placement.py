@@ -18,6 +18,7 @@ from torch import Tensor
 from constrained_ft.config import Config
 from constrained_ft.distributed import World, pack, unpack
 from constrained_ft.errors import ConfigError
+from constrained_ft.fused import Head
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.parts import Parts
 from constrained_ft.rollouts import labeled_facts, labeled_from, labeled_tensors
@@ -101,12 +102,13 @@ class Peers:
 
     def start(self, parts: Parts, config: Config, reference: FrozenLLM, iteration: int) -> Pending:
         """Give the peers the LLM; they learn meanwhile."""
+        whole = parts.llm.whole_trained()
         if self._llm is not None:
             self._llm.tell(pack({}, {"iteration": iteration, "llm": iteration - 1}))
-            self._llm.copy(parts.llm.trained_parameters().values())
-        return _FromPeers(self, parts, config, reference, iteration)
+            self._llm.copy(whole.values())
+        return _FromPeers(self, parts, config, reference.head, iteration)
 
-    def receive(self, parts: Parts, config: Config, reference: FrozenLLM, iteration: int) -> Target:
+    def receive(self, parts: Parts, config: Config, head: Head, iteration: int) -> Target:
         """What the peers learned, put where it would be if this rank had."""
         assert self._target is not None
         self._worked[0] += self._lap()
@@ -118,7 +120,7 @@ class Peers:
         assert (facts["iteration"], facts["llm"]) == (iteration, iteration - 1)
         self._waited[1] += facts["waited"]
         self._worked[1] += facts["worked"]
-        target = _target_from(tensors, facts, parts, config, reference)
+        target = _target_from(tensors, facts, parts, config, head)
         waits = {"time/wait_target": waited, "time/wait_llm": facts["waited"]}
         target.metrics.update(waits)
         return target
@@ -181,11 +183,11 @@ class _FromPeers:
         peers: Peers,
         parts: Parts,
         config: Config,
-        reference: FrozenLLM,
+        head: Head,
         iteration: int,
     ) -> None:
         self._peers = peers
-        self._asked = parts, config, reference, iteration
+        self._asked = parts, config, head, iteration
         self._target: Target | None = None
 
     def wait(self) -> Target:
@@ -224,7 +226,7 @@ def _target_from(
     facts: Mapping[str, Any],
     parts: Parts,
     config: Config,
-    reference: FrozenLLM,
+    head: Head,
 ) -> Target:
     """What `_packed` was given, R and replay in their places."""
     device = parts.llm.device
@@ -242,8 +244,7 @@ def _target_from(
         kl_N=moved["kl"],
         entropy=facts["entropy"],
     )
-    auxiliary, head = parts.auxiliary.frozen(), reference.head
-    target = build_target(labeled, auxiliary, head, config, facts=found)
+    target = build_target(labeled, parts.auxiliary.frozen(), head, config, facts=found)
     if "reference" in moved:
         own = Reference(hidden_NTD=moved["reference"], head=head)
         target = replace(target, reference=own)

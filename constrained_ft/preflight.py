@@ -37,8 +37,9 @@ def look_before(parts: Parts, config: Config, folder: RunFolder) -> Evaluation:
     taken = recent_peak(device) - held if watched else 0
     parts.memory_estimate = estimate_memory(parts.llm, parts.prompts, config, taken)
     _announce(parts, config, folder, base)
-    if parts.everyone.leads:
-        record_base(parts, config, folder)
+    with parts.llm.gathered():
+        if parts.everyone.leads:
+            record_base(parts, config, folder)
     return base
 
 
@@ -49,16 +50,17 @@ def rehearse(parts: Parts, config: Config, folder: RunFolder) -> None:
         CheckpointError: when what is written cannot be read back.
         SamplerError: when the sampling server does not sample from the LLM.
     """
-    if not parts.everyone.leads:
+    if not (parts.everyone.leads or parts.llm.is_sharded):
         return
     parts.display.phase("rehearsing the checkpoint and the export", 1)
     with parts.phases.during("rehearsal"):
         saved = checkpoint.save(folder.checkpoints, parts, config, None, {"iteration": 0.0})
         checkpoint.restore(saved, parts, config)
-        rehearse_export(
-            parts.llm, folder.rehearsal, parts.corpus.training[0].token_ids[:_REHEARSED]
-        )
-        _rehearse_sampling(parts, config)
+        text = parts.corpus.training[0].token_ids[:_REHEARSED]
+        with parts.llm.gathered():
+            if parts.everyone.leads:
+                rehearse_export(parts.llm, folder.rehearsal, text)
+                _rehearse_sampling(parts, config)
     parts.display.advance()
 
 

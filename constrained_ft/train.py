@@ -14,7 +14,7 @@ from constrained_ft.loading import export, load_base
 from constrained_ft.memory import memory_line, peak_memory, release_freed
 from constrained_ft.model_card import write_cards
 from constrained_ft.paired import differences
-from constrained_ft.parts import Parts, build_parts
+from constrained_ft.parts import Parts, build_parts, shard_llm
 from constrained_ft.placement import Done, Inline, Peers, Pending, divide
 from constrained_ft.preflight import evaluate_held_out, look_before, rehearse
 from constrained_ft.progress import Display
@@ -50,7 +50,7 @@ def train(
     world = world or World.alone()
     require_trl(config)
     parts = build_parts(config, display, stop, folder=folder, world=world)
-    placement = Inline() if config.placement.kind == "inline" else divide(parts, config)
+    placement = _place(parts, config)
     with parts.phases.during("evaluation"):
         base = look_before(parts, config, folder)
     done, target = checkpoint.continue_from_newest(parts, config, folder)
@@ -90,23 +90,52 @@ def train(
         target = pending.wait()  # nothing is in flight past this line, so it is safe to save
         if target.iteration == iteration:  # the last overlapped iteration learns none
             row |= target.metrics
-        if parts.everyone.leads:
-            with parts.phases.during("samples"):
-                row |= record_iteration(parts, config, folder, target, iteration)
-            row |= {"time/target": learned - started, "time/update": updated - learned}
-            row |= {"iteration": float(iteration), "time/iteration": time.monotonic() - started}
-            row |= metrics.budget(parts.prepared, metrics.read(folder.metrics_file), row)
-            with parts.phases.during("checkpoint"):
-                checkpoint.save(folder.checkpoints, parts, config, target, row)
-            metrics.append(folder.metrics_file, row)
-            folder.write_status(
-                "running", iteration=iteration, last_checkpoint=f"iteration_{iteration:04d}"
-            )
+        row |= {"iteration": float(iteration)}
+        row |= {"time/target": learned - started, "time/update": updated - learned}
+        row = _keep(parts, config, folder, target, row, started)
         release_freed()
         display.iteration(iteration, last, row)
     # R of the final LLM, for guided decoding and the measurements.
     placement.start(parts, config, parts.llm.frozen(), last + 1).wait()
-    return _finish(parts, config, folder, base, placement)
+    with parts.llm.gathered():
+        return _finish(parts, config, folder, base, placement)
+
+
+def _place(parts: Parts, config: Config) -> Inline | Peers:
+    """This rank's side of the work, and its part of the weights where they are sharded."""
+    if config.placement.kind == "inline":
+        shard_llm(parts, config)
+        return Inline()
+    peers = divide(parts, config)
+    if not peers.learns:
+        shard_llm(parts, config)
+    return peers
+
+
+def _keep(
+    parts: Parts,
+    config: Config,
+    folder: RunFolder,
+    target: Target,
+    row: dict[str, float],
+    started: float,
+) -> dict[str, float]:
+    """Write down what an iteration came to; the whole row is the first rank's."""
+    iteration = int(row["iteration"])
+    with parts.llm.gathered(), parts.phases.during("samples"):
+        if parts.everyone.leads:
+            row |= record_iteration(parts, config, folder, target, iteration)
+    row |= {"time/iteration": time.monotonic() - started}
+    if parts.everyone.leads:
+        row |= metrics.budget(parts.prepared, metrics.read(folder.metrics_file), row)
+    with parts.phases.during("checkpoint"):
+        checkpoint.save(folder.checkpoints, parts, config, target, row)
+    if parts.everyone.leads:
+        metrics.append(folder.metrics_file, row)
+        folder.write_status(
+            "running", iteration=iteration, last_checkpoint=f"iteration_{iteration:04d}"
+        )
+    return row
 
 
 def _update(

@@ -11,11 +11,29 @@ import torch
 
 from constrained_ft.distributed import StopRequest, World, join, leave
 
-PATIENCE = 60.0
+PATIENCE = 900.0
 
 
 def together(work: Callable[..., object], size: int, *arguments: object) -> list[Any]:
     """What `work(world, stop, *arguments)` returns or raises on each rank, by rank."""
+    ranks, results = _start(work, size, arguments)
+    found = dict(results.get(timeout=PATIENCE) for _ in ranks)
+    for process in ranks:
+        process.join(PATIENCE)
+    return [pickle.loads(found[rank]) for rank in range(size)]
+
+
+def started(work: Callable[..., object], size: int, *arguments: object) -> list[int | None]:
+    """The same for ranks that may be killed: their exit codes, by rank."""
+    ranks, _ = _start(work, size, arguments)
+    for process in ranks:
+        process.join(PATIENCE)
+    return [process.exitcode for process in ranks]
+
+
+def _start(
+    work: Callable[..., object], size: int, arguments: tuple[object, ...]
+) -> tuple[list[Any], Any]:
     context = multiprocessing.get_context("spawn")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -27,10 +45,7 @@ def together(work: Callable[..., object], size: int, *arguments: object) -> list
     ]
     for process in ranks:
         process.start()
-    found = dict(results.get(timeout=PATIENCE) for _ in ranks)
-    for process in ranks:
-        process.join(PATIENCE)
-    return [pickle.loads(found[rank]) for rank in range(size)]
+    return ranks, results
 
 
 def _enter(

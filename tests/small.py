@@ -14,6 +14,7 @@ from constrained_ft.parts import Parts, build_parts
 from constrained_ft.progress import Silent
 from constrained_ft.prompts import Prompt
 from constrained_ft.run_folder import RunFolder
+from constrained_ft.sharding import gathered
 from constrained_ft.tiny import byte_tokenizer
 from constrained_ft.train import train
 
@@ -97,9 +98,10 @@ TABLE = (
 
 
 def gradients(llm: LLM) -> dict[str, Tensor]:
-    """The gradients since the last call."""
+    """The gradients since the last call, whole; all ranks that share them have to ask."""
     found = {}
     for name, parameter in llm.trained_parameters().items():
-        found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        found[name] = gathered(own.detach())
         parameter.grad = None
     return found

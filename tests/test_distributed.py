@@ -17,7 +17,7 @@ from constrained_ft.distributed import StopRequest, World, pack, unpack
 from constrained_ft.errors import CftError, DivergedError, Interrupted, PeerError, ScorerError
 from constrained_ft.finetune import backward_of_step, fault_of_step
 from constrained_ft.fit import Examples
-from constrained_ft.parts import Parts
+from constrained_ft.parts import Parts, shard_llm
 from constrained_ft.randomness import seed_everything
 from constrained_ft.target import Target, learn_target
 
@@ -99,6 +99,7 @@ def step_in_float64(
     parts.llm.module.double()
     target = doubled(target, parts)
     parts.world = world
+    shard_llm(parts, config)
     numbers = backward_of_step(
         parts.llm,
         target,

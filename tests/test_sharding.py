@@ -1,0 +1,254 @@
+"""Ranks with parts of the weights do what one process does; what they leave behind is whole."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from several import started, together
+from small import run, small_config, small_parts
+from test_distributed import step_in_float64
+from test_launch import digests, rows
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from constrained_ft import checkpoint, finetune
+from constrained_ft.config import Config
+from constrained_ft.distributed import StopRequest, World
+from constrained_ft.errors import CheckpointError, ConfigError, Interrupted, ScorerError
+from constrained_ft.finetune import update_llm
+from constrained_ft.parts import shard_llm
+from constrained_ft.progress import Silent
+from constrained_ft.run_folder import RunFolder
+from constrained_ft.target import learn_target
+from constrained_ft.train import train
+
+SHARDED = "trainer.sharding=fsdp2"
+# Tied and untied heads, all weights and LoRA.
+MODELS = [
+    (("llm.model_name_or_path=tiny:llama",), False),
+    (("llm.model_name_or_path=tiny:llama",), True),
+    (("llm.model_name_or_path=tiny:qwen2", "trainer.divergence=jsd"), False),
+    (("llm.model_name_or_path=tiny:qwen2", "llm.gradient_checkpointing=true"), True),
+]
+STEPS = [
+    ((), 12),
+    ((), 1),  # a rank without rollouts
+    (("trainer.corpus=false",), 1),  # a rank without any work
+    (("trainer.gradient_accumulation_steps=3",), 8),
+    (("trainer.kl_weight=0",), 8),
+    (("llm.gradient_checkpointing=true",), 8),
+]
+WHOLE_RUN = ("trainer.lr_scheduler=constant", "trainer.warmup_steps=0")
+
+# What ranks run; spawned processes import it from here -------------------------------------------
+
+
+def config_of(overrides: Sequence[str], batch: int, *, lora: bool = False) -> Config:
+    rows = f"trainer.per_device_train_batch_size={batch}"
+    return small_config(*overrides, SHARDED, rows, lora=lora)
+
+
+def gradients_of_steps(world: World, stop: StopRequest) -> list[dict[str, Tensor]]:
+    gpt2 = "llm.model_name_or_path=tiny:gpt2"  # in float64 from end to end
+    batch = 8 // world.size
+    configs = [(config_of((*overrides, gpt2), batch), count) for overrides, count in STEPS]
+    return [step_in_float64(config, world, count)[0] for config, count in configs]
+
+
+def weights_after_five_steps(world: World, stop: StopRequest) -> list[dict[str, Tensor]]:
+    found = []
+    for overrides, lora in MODELS:
+        steps = ("trainer.steps_per_iteration=5", "trainer.iterations=1")
+        config = config_of((*overrides, *steps), 8 // world.size, lora=lora)
+        parts = small_parts(config)
+        target = learn_target(parts, config, parts.llm.frozen(), 1)
+        parts.world = world
+        shard_llm(parts, config)
+        assert parts.llm.is_sharded == (world.size > 1)
+        # A gradient of nothing but rounding, divided by its own size, would be a whole step.
+        parts.optimization.optimizer.param_groups[0]["eps"] = 1e-4
+        update_llm(parts, target, config, 1)
+        found.append(parts.llm.whole_trained())
+    return found
+
+
+class Until(Silent):
+    """Leaves after an iteration, once it is saved."""
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+
+    def iteration(self, number: int, of: int, numbers: Mapping[str, float]) -> None:
+        if number == self.last:
+            raise Interrupted("far enough")
+
+
+def train_all(world: World, stop: StopRequest, runs: Sequence[tuple[Config, Path]]) -> None:
+    for config, path in runs:
+        train(config, RunFolder(path), Silent(), stop, world)
+
+
+def killed_while_saving(world: World, stop: StopRequest, config: Config, path: Path) -> None:
+    usual = checkpoint._write_tensors
+
+    def write(file: Path, tensors: Mapping[str, Tensor]) -> None:
+        if "iteration_0002" in str(file):
+            os.kill(os.getpid(), signal.SIGKILL)
+        usual(file, tensors)
+
+    checkpoint._write_tensors = write
+    train(config, RunFolder(path), Silent(), stop, world)
+
+
+def fail_in_a_pass(world: World, stop: StopRequest) -> None:
+    usual = finetune._losses_of_pass
+
+    def losses(*arguments: object) -> tuple[Tensor, Tensor]:
+        if world.rank == 1:
+            raise ScorerError("out of memory, say")
+        return usual(*arguments)  # type: ignore[arg-type]
+
+    finetune._losses_of_pass = losses
+    step_in_float64(config_of(("llm.model_name_or_path=tiny:gpt2",), 4), world, 8)
+
+
+# Steps -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_sharded_ranks_have_the_gradient_of_one_process() -> None:
+    alone = gradients_of_steps(World.alone(), StopRequest())
+    first, second = together(gradients_of_steps, 2)
+    for (overrides, count), whole, ours, others in zip(STEPS, alone, first, second, strict=True):
+        assert any(gradient.abs().max() > 0 for gradient in whole.values())
+        for name, gradient in whole.items():
+            case = (overrides, count, name)
+            assert gradient.dtype == torch.float64
+            scale = gradient.abs().max().clamp_min(1e-12)
+            assert (ours[name] - gradient).abs().max() <= 1e-9 * scale, case
+            assert torch.equal(ours[name], others[name]), case
+
+
+def distance(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """Of all weights together, relative to them."""
+    assert ours.keys() == theirs.keys()
+    gap = sum(float((ours[n] - theirs[n]).double().norm() ** 2) for n in ours)
+    size = sum(float(theirs[n].double().norm() ** 2) for n in ours)
+    return float((gap / size) ** 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_after_five_steps_two_ranks_have_the_weights_of_one_process() -> None:
+    alone = weights_after_five_steps(World.alone(), StopRequest())
+    first, second = together(weights_after_five_steps, 2)
+    for case, whole, ours, others in zip(MODELS, alone, first, second, strict=True):
+        assert all(torch.equal(ours[name], others[name]) for name in ours), case
+        assert distance(ours, whole) <= 1e-5, case
+
+
+def test_what_one_rank_fails_with_in_a_pass_reaches_the_other() -> None:
+    first, second = together(fail_in_a_pass, 2)
+    assert [type(first), type(second)] == [ScorerError, ScorerError]
+    assert str(first) == "rank 1: out of memory, say"
+
+
+# Whole runs --------------------------------------------------------------------------------------
+
+
+def begun(config: Config, path: Path) -> Path:
+    RunFolder(path).start(config, ["cft", "train"]).close()
+    return path
+
+
+def said(folder: Path, iteration: int) -> list[str]:
+    return RunFolder(folder).rollouts_file(iteration).read_text().splitlines()
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+def test_runs_are_continued_to_the_bit_and_by_another_number_of_ranks(tmp_path: Path) -> None:
+    config, alone = config_of(WHOLE_RUN, 4), config_of(WHOLE_RUN, 8)
+    straight = begun(config, tmp_path / "straight")
+    assert together(train_all, 2, [(config, straight)]) == [None, None]
+
+    killed = begun(config, tmp_path / "killed")
+    assert started(killed_while_saving, 2, config, killed)[0] == -signal.SIGKILL
+    assert list((killed / "checkpoints").glob(".tmp-iteration_0002-*/shards/*.safetensors"))
+    mixed = tmp_path / "mixed"
+    shutil.copytree(killed, mixed)
+    with pytest.raises(Interrupted, match="far enough"):
+        train(alone, RunFolder(mixed), Until(2), StopRequest())
+    assert together(train_all, 2, [(config, killed), (config, mixed)]) == [None, None]
+
+    # The same ranks: the same bits.
+    assert digests(killed) == digests(straight)
+    losses = [[row["update/loss"] for row in rows(path)] for path in (killed, straight)]
+    assert losses[0] == losses[1]
+    # One rank in between: the same samples in the same order.
+    for iteration in (2, 3):
+        assert said(mixed, iteration) == said(straight, iteration)
+    for ours, theirs in zip(rows(mixed), rows(straight), strict=True):
+        assert ours["update/loss"] == pytest.approx(theirs["update/loss"], rel=1e-3)
+
+    # What is left is whole: the export of a run in one process, without sharding.
+    plain = alone.model_copy(
+        update={"trainer": alone.trainer.model_copy(update={"sharding": "none"})}
+    )
+    other = run(plain, tmp_path / "plain")
+    assert distance(weights(straight / "final" / "llm"), weights(other.final_llm)) <= 1e-5
+    AutoModelForCausalLM.from_pretrained(straight / "final" / "llm")
+    newest = straight / "checkpoints" / "iteration_0003"
+    manifest = json.loads((newest / "manifest.json").read_text())
+    assert {name for name in manifest if "/" in name} == {
+        f"shards/shard-0000{rank}-model-00001-of-00001.safetensors" for rank in (1, 2)
+    }
+    assert {Path(name).suffix for name in manifest} == {".safetensors", ".json"}
+    refuses_what_does_not_fit(newest)
+    sees_harm(newest)
+
+
+def refuses_what_does_not_fit(newest: Path) -> None:
+    other = small_parts(small_config("llm.model_name_or_path=tiny:qwen2"))
+    before = {name: one.clone() for name, one in other.llm.trained_parameters().items()}
+    with pytest.raises(CheckpointError, match="does not fit this run"):
+        checkpoint.restore_llm(newest, other)
+    now = other.llm.trained_parameters()
+    assert all(torch.equal(one, now[name]) for name, one in before.items())
+
+
+def sees_harm(newest: Path) -> None:
+    shard = next((newest / "shards").iterdir())
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    found, faults = checkpoint.newest(newest.parent)
+    assert found == newest.parent / "iteration_0002"
+    assert faults == [f"iteration_0003: shards/{shard.name} is damaged"]
+
+
+def test_with_adapters_and_a_peer_the_run_is_that_of_one_process(tmp_path: Path) -> None:
+    overrides = (*WHOLE_RUN, "trainer=overlapped")
+    config = config_of((*overrides, "placement=peers"), 4, lora=True)
+    folder = begun(config, tmp_path / "peers")
+    assert together(train_all, 3, [(config, folder)]) == [None] * 3
+    alone = run(config_of(overrides, 8, lora=True), tmp_path / "alone")
+    ours, theirs = (
+        safetensors.torch.load_file(path / "final" / "adapter" / "adapter_model.safetensors")
+        for path in (folder, alone.path)
+    )
+    assert distance(ours, theirs) <= 1e-4
+    ours, theirs = weights(folder / "final" / "llm"), weights(alone.final_llm)
+    assert distance(ours, theirs) <= 1e-5
+
+
+def test_what_does_not_go_together_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"use trainer\.sharding=none"):
+        small_config("trainer=grpo", SHARDED)
