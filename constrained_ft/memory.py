@@ -186,8 +186,10 @@ def memory_words(llm: LLM, estimate: int | None) -> str:
 
 def memory_line(peak: int | None, estimate: int | None) -> str:
     """Peak memory beside the estimate that the run began with."""
-    if peak is None or estimate is None:
+    if peak is None:
         return "memory: this system does not tell"
+    if estimate is None:
+        return f"memory: {peak / 2**30:.1f} GiB at the peak"
     return (
         f"memory: {peak / 2**30:.1f} GiB at the peak, {estimate / 2**30:.1f} GiB estimated "
         f"({estimate / peak - 1:+.0%})"

@@ -191,7 +191,10 @@ def shard_llm(parts: Parts, config: Config) -> None:
 
     The optimizer is made again: it has to move what is there now.
     """
-    if config.trainer.sharding == "none" or parts.world.size == 1:
+    if config.trainer.sharding == "none":
+        return
+    if parts.world.size == 1:
+        parts.display.note("trainer.sharding: one process updates, so nothing is divided")
         return
     with parts.world.together():
         parts.llm.shard(parts.world)

@@ -11,7 +11,7 @@ import torch
 
 from constrained_ft.distributed import StopRequest, World, join, leave
 
-PATIENCE = 900.0
+PATIENCE = 120.0
 
 
 def together(work: Callable[..., object], size: int, *arguments: object) -> list[Any]:

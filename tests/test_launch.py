@@ -37,7 +37,7 @@ def cft(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of all weights that a run ends with."""
     newest = sorted((folder / "checkpoints").iterdir())[-1]
-    files = [*(folder / "final").rglob("*.safetensors"), *newest.rglob("*.safetensors")]
+    files = [*(folder / "final").rglob("*.safetensors"), *newest.glob("*.safetensors")]
     assert len(files) > 5
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
