@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from constrained_ft import checkpoint, finetune
+from constrained_ft.compose import compose
 from constrained_ft.config import Config
 from constrained_ft.distributed import StopRequest, World
 from constrained_ft.errors import CheckpointError, ConfigError, Interrupted, ScorerError
@@ -277,3 +278,5 @@ def test_with_adapters_and_a_peer_the_run_is_that_of_one_process(tmp_path: Path)
 def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"use trainer\.sharding=none"):
         small_config("trainer=grpo", SHARDED)
+    with pytest.raises(ConfigError, match=r"takes adapters from whole weights"):
+        compose(["sampler=vllm_server", "sampler.url=http://localhost:8000", SHARDED])
