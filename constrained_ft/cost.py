@@ -286,7 +286,7 @@ def sampling(shape: Shape, work: Work, layout: Layout) -> Demand:
         + forward(shape, work, rows * (work.new_tokens - 1), context, steps)
         + vocabulary(shape, work, rows * work.new_tokens, products=1, passes=_SAMPLED)
         + Demand(read=rows * (work.new_tokens - 1) * cache)
-        + _gathered(shape, layout, batches * work.new_tokens)
+        + _gathered(shape, layout, 1)
     )
     if ranks == 1:
         return found
@@ -299,7 +299,7 @@ def packet(shape: Shape, work: Work) -> Number:
 
 
 def _gathered(shape: Shape, layout: Layout, passes: Number) -> Demand:
-    """Weights that are spread over the ranks, sent to all for each pass."""
+    """Weights that are spread over the ranks, sent to all so many times."""
     if layout.sharding == "none" or layout.ranks == 1:
         return NOTHING
     volume = shape.parameters * (2.0 if shape.adapters else 4.0)
@@ -347,7 +347,7 @@ def reference(shape: Shape, work: Work, layout: Layout) -> Demand:
     read = work.used * ((work.steps - 1) / work.steps if fresh else 1)
     own = read / ranks
     found = forward(shape, work, *tree_tokens(work, own), math.ceil(own / 32))
-    found += _gathered(shape, layout, math.ceil(own / 32))
+    found += _gathered(shape, layout, 1)
     if fresh or ranks == 1:
         return found
     return found + Demand(told=(ranks - 1) / ranks * packet(shape, work), meetings=1)

@@ -15,7 +15,8 @@ from constrained_ft.cost import Demand, Layout, Number, Shape, Sharding, Work
 # Numbers kept for each one of a layer's states: its norms frozen, or trained. For each one that its
 # products give: in float32, or in bfloat16.
 _NORMS, _COPIES = (4, 6), (1.5, 1.95)
-_KEPT = 5  # float32 numbers for each trained one: gradient, two moments, two frozen copies
+_KEPT = 3  # float32 numbers for each trained one: gradient, two moments
+_COPIED = 2  # and its frozen copies; where weights are divided, these are whole and pass
 _LOSS_BUFFERS, _SAMPLING_BUFFERS = 3, 4  # float32 logits of a chunk and of a batch at once
 _CHUNK_BYTES, _FEWEST_ROWS = 2**27, (128, 512)  # of the logits of a chunk; on CPUs and on GPUs
 
@@ -257,13 +258,14 @@ def memory(shape: Shape, work: Work, layout: Layout, device: Device) -> dict[str
     sampled = {
         "keys and values": 2.0 * places * shape.layers * shape.keys * work.state_bytes,
         "logits": 4.0 * _SAMPLING_BUFFERS * rows * size,
+        "whole weights": base * shape.parameters * (shards > 1),
     }
     last = max((updating, sampled), key=lambda one: sum(one.values()))
     last["unused"] = device.unused * sum(last.values())
     kept = {
         "libraries": device.libraries,
         "weights": base * shape.parameters / shards + head,
-        "training": 4.0 * _KEPT * shape.trained / shards,
+        "training": 4.0 * (_KEPT + _COPIED * (shards == 1)) * shape.trained / shards,
         "rollouts": rollouts,
         "auxiliary": 4.0 * size * (width + 3 * work.rank),
     }

@@ -76,7 +76,8 @@ def predict_run(config: Config, ranks: int, device: Device, lengths: Lengths) ->
     if peers >= ranks:
         raise ConfigError(f"placement.peers={peers} of {ranks} processes leaves none to update")
     overlapped = config.trainer.schedule == "overlapped"
-    layout = Layout(ranks=ranks, peers=peers, overlapped=overlapped)
+    sharding = config.trainer.sharding
+    layout = Layout(ranks=ranks, peers=peers, overlapped=overlapped, sharding=sharding)
     work = work_of(config, lengths, layout.updaters)
     return predict(shape_of(config.llm), work, layout, device)
 

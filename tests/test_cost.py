@@ -213,10 +213,11 @@ def test_memory_beside_the_estimate_of_a_run(deep: LLMConfig) -> None:
     trained = shape_of(deep).parameters
     assert held["weights"] == 4 * trained
     assert held["training"] == 20 * trained
-    shared = prediction.memory(
-        shape_of(deep), work, Layout(ranks=4, sharding="fsdp2"), DEVICES["h100"]
-    )
-    assert shared["training"] == 5 * trained
+    many = replace(work, prompts=10_000, batch=100_000)  # sampling is at the peak
+    layout = Layout(ranks=4, sharding="fsdp2")
+    sampling = prediction.memory(shape_of(deep), many, layout, DEVICES["h100"])
+    assert sampling["whole weights"] == 4 * trained
+    assert sampling["training"] == 3 * trained
 
 
 def test_a_dry_run_shows_what_an_iteration_takes(cft: Cft) -> None:
