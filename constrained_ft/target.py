@@ -186,8 +186,11 @@ def learn_target(parts: Parts, config: Config, reference: FrozenLLM, iteration: 
 def fault_of_target(target: Target, guard: GuardConfig) -> str | None:
     """What is wrong with a target; the same on all ranks that learned it."""
     facts = target.facts
-    if not all(torch.isfinite(part).all() for part in (facts.log_satisfied_S, facts.kl_N)):
-        return "R is not a number for some prompt or completion"
+    # The limit on R's logits makes a number of an infinite one, which R would never leave again.
+    evidence = target.offset_NT, target.factors_NTR, target.table.prior_V, target.table.tokens_VR
+    numbers = facts.log_satisfied_S, facts.kl_N, *evidence
+    if not all(torch.isfinite(part).all() for part in numbers):
+        return "R or the reference is not a number for some prompt or completion"
     if float(facts.log_satisfied_S.max()) > KL_TOLERANCE:
         return f"R(x) is {float(facts.log_satisfied_S.max().exp()):.6g} for a prompt, above 1"
     least = float((facts.kl_N / target.completion_length).min())
@@ -243,22 +246,7 @@ def learn_auxiliary(
         parts.auxiliary.start_at(float(own.labels_N.mean()))
     parts.replay = [with_labels_of(past, labeled, constraint) for past in parts.replay]
     parts.remember(labeled, config.auxiliary.replay_iterations)
-    display.phase("fitting the auxiliary", config.auxiliary.max_epochs)
-    with parts.phases.during("auxiliary") as spent:
-        metrics = fit_auxiliary(
-            parts.auxiliary,
-            reference.head,
-            parts.replay,
-            config.auxiliary,
-            seed=config.seed,
-            display=display,
-            stop=stop,
-            world=parts.world,
-        )
-        spent.tokens += sum(int(past.rollouts.mask_NT.sum()) for past in parts.replay)
-        if constraint.terms:
-            said = parts.auxiliary.frozen().satisfaction(own.rollouts)
-            metrics |= measure_terms(own, said, config)
+    metrics = _fit(parts, config, reference.head, labeled, own)
     if parts.server is not None and parts.server.gap is not None:
         metrics["rollouts/logprob_gap"] = parts.server.gap
     lengths_N = own.rollouts.mask_NT.sum(-1).float()
@@ -281,6 +269,35 @@ def _roll_ins(parts: Parts, config: Config) -> RollIns | None:
     if share == 0 or not parts.replay:
         return None
     return RollIns(guide=parts.auxiliary.frozen().guide(), share=share)
+
+
+def _fit(
+    parts: Parts, config: Config, head: Head, labeled: LabeledRollouts, own: LabeledRollouts
+) -> dict[str, float]:
+    """Fit R, unless the newest states are no numbers: they would spoil it, and a guard finds them.
+
+    Earlier ones that were such are left out, too. `own` is what the LLM said by itself.
+    """
+    sound = [one for one in parts.replay if bool(one.rollouts.hidden_NTD.isfinite().all())]
+    if not sound or sound[0] is not labeled:
+        return {}
+    parts.display.phase("fitting the auxiliary", config.auxiliary.max_epochs)
+    with parts.phases.during("auxiliary") as spent:
+        metrics = fit_auxiliary(
+            parts.auxiliary,
+            head,
+            sound,
+            config.auxiliary,
+            seed=config.seed,
+            display=parts.display,
+            stop=parts.stop,
+            world=parts.world,
+        )
+        spent.tokens += sum(int(past.rollouts.mask_NT.sum()) for past in sound)
+        if config.constraint.terms:
+            said = parts.auxiliary.frozen().satisfaction(own.rollouts)
+            metrics |= measure_terms(own, said, config)
+    return metrics
 
 
 def _term_metrics(labeled: LabeledRollouts, constraint: ConstraintConfig) -> dict[str, float]:

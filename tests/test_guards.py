@@ -1,8 +1,10 @@
 """What guards find, and what then happens: the run stops, or a step or an update is left out."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import safetensors.torch
@@ -10,10 +12,17 @@ import torch
 from small import run, small_config, small_parts
 from torch import Tensor
 
-from constrained_ft import finetune, metrics
+from constrained_ft import checkpoint, finetune, metrics
+from constrained_ft import target as target_module
+from constrained_ft.distributed import StopRequest
 from constrained_ft.errors import DivergedError
 from constrained_ft.finetune import fault_of_step
+from constrained_ft.progress import Silent
+from constrained_ft.run_folder import RunFolder
+from constrained_ft.scorers import Score
+from constrained_ft.scorers.letters import LettersScorer
 from constrained_ft.target import fault_of_target, learn_target
+from constrained_ft.train import train
 
 HEALTHY = {"update/loss": 2.0, "update/kl": 0.1, "update/ce": 1.9}
 
@@ -173,3 +182,126 @@ def test_a_target_with_a_fault_is_not_used(policy: str, tmp_path: Path) -> None:
 def test_a_target_with_a_fault_stops_the_run_by_default(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match=r"entropy has fallen to .*guard\.min_entropy=100"):
         run(small_config("guard.min_entropy=100"), tmp_path / "run")
+
+
+# Numbers that are none, wherever they come from --------------------------------------------------
+
+
+class Injection(Silent):
+    """Spoils one number in iteration 2 of a run; iterations 1 and 3 are left alone."""
+
+    def __init__(
+        self, patch: pytest.MonkeyPatch, folder: RunFolder, site: str, value: float
+    ) -> None:
+        self.folder, self.value = folder, value
+        self.finished, self.done = 0, 0
+        self.weights: list[dict[str, Tensor]] = []
+        owner, name = self.sites[site]
+        usual = getattr(owner, name)
+
+        def spoiled(*arguments: Any, **named: Any) -> Any:
+            found = usual(*arguments, **named)
+            return getattr(self, f"_{site}")(found, arguments) if self.finished == 1 else found
+
+        patch.setattr(owner, name, spoiled)
+
+    sites: ClassVar[dict[str, tuple[Any, str]]] = {
+        "loss": (finetune, "fused_losses"),
+        "gradient": (finetune, "backward_of_step"),
+        "auxiliary": (target_module, "fit_auxiliary"),
+        "scores": (LettersScorer, "score"),
+        "sampled": (target_module, "sample"),
+        "reference": (target_module, "states_of"),
+    }
+
+    def iteration(self, number: int, of: int, numbers: Mapping[str, float]) -> None:
+        self.finished = number
+        self.weights.append(weights(self.folder.path, number))
+
+    def _loss(self, found: Any, arguments: Any) -> Any:
+        self.done += 1
+        return replace(found, loss=found.loss * self.value)
+
+    def _gradient(self, found: Any, arguments: Any) -> Any:
+        self.done += 1
+        next(iter(arguments[0].trained_parameters().values())).grad.view(-1)[0] = self.value
+        return found
+
+    def _auxiliary(self, found: Any, arguments: Any) -> Any:
+        self.done += 1
+        with torch.no_grad():
+            arguments[0].root.bias.fill_(self.value)  # the limit on R's logits would hide it
+        return found
+
+    def _scores(self, found: Any, arguments: Any) -> Any:
+        self.done += 1
+        return [Score(self.value), *found[1:]]
+
+    def _sampled(self, found: Any, arguments: Any) -> Any:
+        self.done += 1
+        found.hidden_NTD[3, 0, 0] = self.value
+        return found
+
+    def _reference(self, found: Any, arguments: Any) -> Any:
+        self.done += 1
+        found[:, 0, 0] = self.value
+        return found
+
+
+def all_finite(folder: RunFolder) -> bool:
+    """Whether weights, R, optimizer and everything else of all checkpoints are numbers."""
+    files = list(folder.path.rglob("*.safetensors"))
+    assert len(files) > 4
+    skipped = ("replay_", "target")  # rollouts of the fault itself, which are not learned from
+    return all(
+        bool(torch.isfinite(tensor.float()).all())
+        for file in files
+        if not file.name.startswith(skipped)
+        for tensor in safetensors.torch.load_file(file).values()
+    )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
+@pytest.mark.parametrize("site", [*Injection.sites])
+def test_no_number_that_is_none_reaches_a_weight(
+    site: str, policy: str, value: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = small_config(
+        f"guard.on_failure={policy}",
+        "prompts.prompts_per_iteration=6",
+        "evaluation.max_prompts=4",
+        "constraint.max_missing_rate=0.5",
+        "auxiliary.replay_iterations=1",
+        "trainer.lr_scheduler=constant",
+    )
+    folder = RunFolder(tmp_path / "run").start(config, ["cft", "train"])
+    spoiled = Injection(monkeypatch, folder, site, value)
+    try:
+        if policy == "stop" and site != "scores":
+            with pytest.raises(DivergedError) as caught:
+                train(config, folder, spoiled, StopRequest())
+            assert caught.value.exit_code == 4
+            assert checkpoint.newest(folder.checkpoints) == (folder.checkpoint(1), [])
+            assert len(list(folder.checkpoints.iterdir())) == 2
+            return
+        train(config, folder, spoiled, StopRequest())
+    finally:
+        folder.close()
+        assert spoiled.done > 0
+        assert all_finite(folder)
+    first, second, third = metrics.read(folder.metrics_file)
+    assert all(math.isfinite(number) for row in (first, third) for number in row.values())
+    assert "auxiliary/log_loss" in third
+    untouched = same(spoiled.weights[1], spoiled.weights[0])
+    if site == "scores":  # missing, never a number: whatever the policy, the rest is learned from
+        assert second["rollouts/missing"] > 0
+        assert not untouched
+    elif policy == "rollback" and site not in ("auxiliary", "sampled"):
+        assert second["update/rolled_back"] == 1
+        assert untouched
+    else:  # the second step reads the reference anew; the first one reads the LLM as it is
+        assert second["update/skipped_steps"] == (1 if site == "reference" else 2)
+        assert untouched == (site != "reference")
+    assert third["update/skipped_steps"] == 0
+    assert not same(spoiled.weights[2], spoiled.weights[1])
