@@ -16,7 +16,7 @@ from constrained_ft.cli.dry_run import show_prediction
 from constrained_ft.cli.outcome import record
 from constrained_ft.cli.settings import settings
 from constrained_ft.cli.torchrun import Processes, run_processes
-from constrained_ft.errors import ConfigError
+from constrained_ft.errors import ConfigError, storage_error
 
 if TYPE_CHECKING:
     from constrained_ft.config import Config
@@ -421,9 +421,12 @@ def _run_here(config: "Config", folder: "RunFolder") -> None:
             with tracked(config, folder, display) as tracker:
                 train_llm(config, folder, Several(display, tracker), stop)
         folder.write_status("finished", exit_code=0)
-    except BaseException as error:
-        record(folder, error)
-        raise
+    except BaseException as raised:
+        error = storage_error(raised)
+        record(folder, error or raised)
+        if error is None:
+            raise
+        raise error from raised
 
 
 @contextmanager

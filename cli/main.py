@@ -26,7 +26,7 @@ from constrained_ft.cli import (
     serve,
 )
 from constrained_ft.cli.settings import settings
-from constrained_ft.errors import CftError
+from constrained_ft.errors import CftError, storage_error
 
 __all__ = ["app", "main"]
 
@@ -91,14 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given, settings.torchrun = given[:place], tuple(given[place + 1 :])
     try:
         app(args=given, prog_name="cft")
-    except CftError as error:
+    except Exception as raised:
         if settings.debug:
             traceback.print_exc()
-        settings.complain(str(error))
-        sys.exit(error.exit_code)
-    except Exception as error:
-        if settings.debug:
-            traceback.print_exc()
+        error = storage_error(raised) or raised
+        if isinstance(error, CftError):
+            settings.complain(str(error))
+            sys.exit(error.exit_code)
         notes = [*getattr(error, "__notes__", []), "`cft --debug ...` shows the traceback"]
         settings.complain(f"unexpected {type(error).__name__}: {error} ({'; '.join(notes)})")
         sys.exit(1)

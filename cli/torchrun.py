@@ -220,9 +220,11 @@ def conclude(folder: "RunFolder", attempt: int, ended: Outcome) -> None:
         CftError: as the workers wrote it to `status.json`, or that a rank died.
     """
     status, received = folder.status(), ended.received
-    dead = [one for one in _newest_records(folder.path, attempt) if one.ended is None]
+    newest = _newest_records(folder.path, attempt)
+    dead = [one for one in newest if one.ended is None]
     if dead and received is None:
         words = [f"rank {one.rank} (process {one.pid}) died while {one.doing}" for one in dead]
+        words += [f"rank {one.rank} says: {one.missed}" for one in newest if one.missed]
         reason = f"{'; '.join(words)}; logs are in {folder.path / 'logs'}"
         folder.write_status("failed", reason=reason, exit_code=PeerError.exit_code)
         raise PeerError(f"{reason}; `cft train --resume {folder.path}` continues")

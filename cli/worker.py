@@ -15,14 +15,19 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from constrained_ft.cli.outcome import record
 from constrained_ft.cli.settings import settings
-from constrained_ft.errors import CftError
+from constrained_ft.errors import CftError, PeerError, storage_error
 from constrained_ft.progress import Silent
 from constrained_ft.run_folder import RunFolder, write_atomically
+
+if TYPE_CHECKING:
+    from constrained_ft.distributed import World
 
 __all__ = ["Orders", "RankRecord", "attempt_folder", "records"]
 
@@ -55,6 +60,8 @@ class RankRecord:
     host: str
     doing: str = "starting"
     ended: int | None = None
+    missed: str | None = None
+    """What it says of another rank that did not come."""
 
     def write(self, folder: Path) -> None:
         """Replace the file."""
@@ -93,13 +100,14 @@ def main(text: str) -> int:
     own = RankRecord(rank=rank, pid=os.getpid(), host=socket.gethostname())
     code = _run(orders, own, logs)
     own.ended = code
-    own.write(logs)
+    with suppress(OSError):
+        own.write(logs)
     return 0 if code in _ON_PURPOSE else code
 
 
 def _run(orders: Orders, own: RankRecord, logs: Path) -> int:
     from constrained_ft.cli.display import Several, logged_display
-    from constrained_ft.distributed import StopRequest, World, join, leave
+    from constrained_ft.distributed import StopRequest, World, join
     from constrained_ft.trackers import tracked
     from constrained_ft.train import train
 
@@ -110,7 +118,7 @@ def _run(orders: Orders, own: RankRecord, logs: Path) -> int:
     world: World | None = None
     try:
         config = folder.config()
-        world = join(stop, config.placement.timeout)
+        world = join(stop, config.placement.timeout, config.placement.silence)
         if world.leads:
             folder.write_status("running", attempt=orders.attempt)
         console = settings.console()
@@ -118,31 +126,36 @@ def _run(orders: Orders, own: RankRecord, logs: Path) -> int:
             logged_display(console, logs, own.rank, quiet=settings.quiet) as display,
             tracked(config, folder, display, leads=world.leads) as tracker,
         ):
-            train(config, folder, Several(display, _Recording(own, logs), tracker), stop, world)
+            recording = _Recording(own, logs, world)
+            train(config, folder, Several(display, recording, tracker), stop, world)
         if world.leads:
             folder.write_status("finished", exit_code=0)
         return 0
-    except BaseException as error:
+    except BaseException as raised:
+        error = storage_error(raised) or raised
         if world is not None:
             world.announce(error)
+        own.missed = str(error) if isinstance(error, PeerError) else None
         if own.rank == 0:
             record(folder, error)
-        traceback.print_exception(error)  # to the rank's log
+        traceback.print_exception(raised)  # to the rank's log
         return error.exit_code if isinstance(error, CftError) else 1
     finally:
-        leave()
+        if world is not None:
+            world.leave()
 
 
 class _Recording(Silent):
     """A display that keeps a rank's record."""
 
-    def __init__(self, own: RankRecord, logs: Path) -> None:
-        self._own, self._logs = own, logs
+    def __init__(self, own: RankRecord, logs: Path, world: "World") -> None:
+        self._own, self._logs, self._world = own, logs, world
 
     def phase(self, name: str, total: int) -> None:
         """Write down what begins."""
         self._own.doing = name
         self._own.write(self._logs)
+        self._world.begin(name)
 
 
 def _redirect(log: Path, streams: Sequence[int]) -> None:

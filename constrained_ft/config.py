@@ -514,6 +514,10 @@ class PlacementConfig(Section):
     """Ranks that sample, score and fit R, with `kind: peers`."""
     timeout: float = Field(gt=0)
     """Seconds that a rank waits for another before it gives up; longer than the longest phase."""
+    silence: float = Field(gt=0)
+    """Seconds without a sign of life after which a rank that is waited for counts as frozen: its
+    process is stopped, or something holds its interpreter. Never less than 20 times its longest
+    pause so far. A rank that works gives signs of life, however long its phase takes."""
 
 
 class JudgeConfig(Section):

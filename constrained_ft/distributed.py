@@ -28,6 +28,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  
 from torch.distributed.rendezvous import rendezvous
 
 from constrained_ft.errors import CftError, Interrupted, PeerError, error_named
+from constrained_ft.heartbeat import Heartbeat
 
 _FAILURE = "failure"
 _GO, _STOP = "go", "stop"
@@ -122,6 +123,7 @@ class _Links:
     rank: int
     timeout: float
     """Seconds to wait for others."""
+    heartbeat: Heartbeat
 
     def raise_failure(self) -> None:
         """Raise what another rank announced, if one did."""
@@ -192,6 +194,18 @@ class World:
         assert self._control is not None
         return self._control
 
+    def begin(self, phase: str) -> None:
+        """Say what this rank does from now on: others name it if nothing is heard any more."""
+        if self._all is not None:
+            self._all.heartbeat.begin(phase)
+
+    def leave(self) -> None:
+        """Close the connections to the other processes."""
+        if self._all is not None:
+            self._all.heartbeat.stop()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
     def share(self, items: Shared) -> Shared:
         """This rank's part of some work, perhaps none: every size-th item, from its rank on."""
         return items[self.rank :: self.size]  # type: ignore[return-value]  # a slice is of its type
@@ -247,29 +261,41 @@ class World:
     def _await(self, links: _Links, place: str, verdict: str) -> bytes:
         """The verdict; a rank that would leave first asks whether it still may."""
         store, started, pause = links.store, time.monotonic(), _PAUSE
+        looked = started
         while not store.check([verdict]):
             time.sleep(pause)
             pause = min(pause * 1.2, 100 * _PAUSE)
             try:
                 links.raise_failure()
                 links.stop.check()
-                if time.monotonic() - started > links.timeout:
-                    raise PeerError(self._who_is_missing(links, place))
+                now = time.monotonic()
+                if now - looked > _POLL_SECONDS:
+                    looked = now
+                    self._require_life(links, place)
+                if now - started > links.timeout:
+                    missing = ", ".join(str(rank) for rank in self._missing(links, place))
+                    raise PeerError(
+                        f"rank {missing} did not come within {links.timeout:g} s "
+                        "(placement.timeout)"
+                    )
             except CftError:
                 if store.compare_set(verdict, "", _STOP) == _GO.encode():
                     break  # the others are on their way already; the next look will tell again
                 raise
         return store.get(verdict)
 
-    def _who_is_missing(self, links: _Links, place: str) -> str:
-        missing = [
-            str(self.ranks[rank])
+    def _missing(self, links: _Links, place: str) -> list[int]:
+        """The ranks, as the launcher counts them, that have not come yet."""
+        return [
+            self.ranks[rank]
             for rank in range(self.size)
             if not links.store.check([f"{place}/{rank}"])
         ]
-        return (
-            f"rank {', '.join(missing)} did not come within {links.timeout:g} s (placement.timeout)"
-        )
+
+    def _require_life(self, links: _Links, place: str) -> None:
+        frozen = links.heartbeat.frozen(self._missing(links, place), links.timeout)
+        if frozen is not None:
+            raise PeerError(frozen)
 
     def _await_reason(self, links: _Links) -> None:
         """Raise what the rank that left is about to announce."""
@@ -366,12 +392,13 @@ class World:
         return whole.numpy().tobytes()
 
 
-def join(stop: StopRequest, timeout: float) -> World:
+def join(stop: StopRequest, timeout: float, silence: float) -> World:
     """All processes that torchrun started, this one among them.
 
     Args:
         stop: polled while this rank waits for others.
         timeout: seconds to wait for others.
+        silence: seconds without a sign of life after which a rank counts as frozen.
     """
     device = "cpu"
     if torch.accelerator.is_available():
@@ -388,17 +415,14 @@ def join(stop: StopRequest, timeout: float) -> World:
         world_size=size,
         timeout=timedelta(seconds=timeout),
     )
-    links = _Links(store=PrefixStore("cft", store), stop=stop, rank=rank, timeout=timeout)
+    own = PrefixStore("cft", store)
+    heartbeat = Heartbeat(own, rank, silence)
+    links = _Links(store=own, stop=stop, rank=rank, timeout=timeout, heartbeat=heartbeat)
     stop.listen(links)
+    heartbeat.start()
     world = World(range(size), rank, links, "all")
     world._bulk, world._control = _groups(range(size))
     return world
-
-
-def leave() -> None:
-    """Close the connections to other processes."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def pack(tensors: Mapping[str, Tensor], facts: object) -> bytes:

@@ -9,6 +9,7 @@ CftError            1   anything below
 ├── SamplerError     3   the sampling server cannot be reached or used; nothing was trained
 ├── ExtraError      3   a package of an optional extra is not installed
 ├── CheckpointError 3   a checkpoint cannot be read or written
+├── StorageError    3   a disk is full, or a folder cannot be written
 ├── DivergedError   4   a guard stopped the run; the last good checkpoint is kept
 ├── SamplingError    4   the sampling server failed; the last checkpoint is kept
 ├── MissingScoresError 4 too many completions have no score; the last checkpoint is kept
@@ -17,6 +18,9 @@ CftError            1   anything below
 The number is the exit code of the command line.
 """
 
+import errno
+import os
+import re
 from collections.abc import Sequence
 
 __all__ = [
@@ -33,9 +37,13 @@ __all__ = [
     "SamplerError",
     "SamplingError",
     "ScorerError",
+    "StorageError",
     "error_named",
     "raise_problems",
+    "storage_error",
 ]
+
+_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
 class CftError(Exception):
@@ -90,6 +98,12 @@ class CheckpointError(CftError):
     exit_code = 3
 
 
+class StorageError(CftError):
+    """A disk is full, or a folder cannot be written; `--resume` continues."""
+
+    exit_code = 3
+
+
 class DivergedError(CftError):
     """A guard stopped the run; the last good checkpoint is kept."""
 
@@ -126,3 +140,23 @@ def error_named(kind: str, text: str) -> CftError:
     """An error that another process raised, by its class's name; one of no such name is general."""
     kinds = {one.__name__: one for one in CftError.__subclasses__()}
     return kinds.get(kind, CftError)(text)
+
+
+def storage_error(error: BaseException) -> StorageError | None:
+    """What to say of an error that a full disk or a folder that cannot be written has caused.
+
+    Libraries that are not written in Python say "(os error 28)" and the like.
+    """
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    if isinstance(error, OSError):
+        number, where = error.errno, error.filename
+    elif said is not None:
+        number, where = int(said[1]), None
+    else:
+        return None
+    if number not in _STORAGE:
+        return None
+    return StorageError(
+        f"{where or 'a file'} cannot be used: {os.strerror(number)}; make room, or give access. "
+        "What a run has finished is kept, and `cft train --resume` continues"
+    )

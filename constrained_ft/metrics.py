@@ -180,12 +180,19 @@ def append(path: Path, row: Mapping[str, float]) -> None:
     """
     for name in row:
         meaning(name)
-    with path.open("a") as file:
-        file.write(json.dumps(dict(row)) + "\n")
+    with path.open("a+b") as file:
+        file.truncate(_whole(path.read_bytes()))  # a full disk may have taken a part of a row
+        file.write(json.dumps(dict(row)).encode() + b"\n")
 
 
 def read(path: Path) -> list[dict[str, float]]:
     """All rows, oldest first; none where there is no file."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    content = path.read_bytes()
+    return [json.loads(line) for line in content[: _whole(content)].splitlines()]
+
+
+def _whole(content: bytes) -> int:
+    """The bytes of the rows that are whole."""
+    return content.rfind(b"\n") + 1

@@ -28,6 +28,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -468,7 +469,8 @@ def _lock(folder: Path) -> int | None:
 
 
 def _let_go(descriptor: int) -> None:
-    os.ftruncate(descriptor, 0)
+    with suppress(OSError):  # of a file system that has become read-only
+        os.ftruncate(descriptor, 0)
     os.close(descriptor)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from constrained_ft.distributed import StopRequest, World, join, leave
+from constrained_ft.distributed import StopRequest, World, join
 
 PATIENCE = 120.0
 
@@ -66,7 +66,7 @@ def _enter(
     torch.set_num_threads(1)
     stop = StopRequest()
     stop.install()
-    world: World = join(stop, PATIENCE)
+    world: World = join(stop, PATIENCE, PATIENCE)
     try:
         value = work(world, stop, *arguments)
     except BaseException as error:  # the parent judges it
@@ -78,4 +78,4 @@ def _enter(
     if rank == 0:
         results.close()
         results.join_thread()
-    leave()
+    world.leave()

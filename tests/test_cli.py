@@ -208,6 +208,27 @@ def test_every_outcome_has_its_exit_code_and_status(
     assert str(error).split(";")[0] in status["reason"]
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(28, "", "run/metrics.jsonl"), "run/metrics.jsonl cannot be used: No space left"),
+        (OSError(30, ""), "a file cannot be used: Read-only file system"),
+        (ValueError("I/O error: no (os error 28)"), "a file cannot be used: No space left"),
+    ],
+)
+def test_a_full_disk_is_no_bug(
+    cft: Cft, training: Callable[..., None], tmp_path: Path, error: Exception, words: str
+) -> None:
+    training(fails_with(error))
+    ran = cft("train", "experiment=smoke", "output_dir=run")
+    assert ran.code == 3
+    assert words in ran.err
+    assert "unexpected" not in ran.err
+    status = RunFolder(tmp_path / "run").status()
+    assert (status["state"], status["exit_code"]) == ("failed", 3)
+    assert words in status["reason"]
+
+
 def test_an_interrupted_run_says_how_to_continue(cft: Cft, training: Callable[..., None]) -> None:
     training(fails_with(Interrupted("stopped by SIGINT")))
     assert "`cft train --resume run` continues" in cft("train", "output_dir=run").err

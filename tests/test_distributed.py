@@ -1,5 +1,6 @@
 """Several ranks do what one does: the same gradients, the same weights, the same end."""
 
+import ctypes
 import os
 import signal
 import time
@@ -17,6 +18,7 @@ from constrained_ft.distributed import StopRequest, World, pack, unpack
 from constrained_ft.errors import CftError, DivergedError, Interrupted, PeerError, ScorerError
 from constrained_ft.finetune import backward_of_step, fault_of_step
 from constrained_ft.fit import Examples
+from constrained_ft.heartbeat import Heartbeat
 from constrained_ft.parts import Parts, shard_llm
 from constrained_ft.randomness import seed_everything
 from constrained_ft.target import Target, learn_target
@@ -67,6 +69,33 @@ def come_late(world: World, stop: StopRequest) -> None:
         time.sleep(2)
         return
     world._links = replace(world._links, timeout=0.5)  # type: ignore[type-var]
+    world.totals([1.0])
+
+
+def freeze_one(world: World, stop: StopRequest, how: str) -> None:
+    """One rank freezes in its sampling; the other, which waits for it, wakes it in the end."""
+    world.begin("sampling")
+    pid = int(world.gather(str(os.getpid()).encode())[1])
+    assert world._links is not None
+    heartbeat = world._links.heartbeat
+    heartbeat.silence, heartbeat.factor = 1.5, 0
+    time.sleep(2)  # each has given a sign of life by now
+    if world.rank == 1 and how == "stopped":
+        os.kill(pid, signal.SIGSTOP)
+    elif world.rank == 1:
+        ctypes.PyDLL(None).sleep(6)  # unlike CDLL, it keeps the interpreter's lock
+    try:
+        world.totals([1.0])
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def work_for_long(world: World, stop: StopRequest) -> None:
+    assert world._links is not None
+    heartbeat = world._links.heartbeat
+    heartbeat.silence, heartbeat.factor = 1.5, 20
+    if world.rank == 1:
+        time.sleep(5)
     world.totals([1.0])
 
 
@@ -195,6 +224,60 @@ def test_a_rank_that_does_not_come_is_named() -> None:
     assert isinstance(first, PeerError)
     assert "rank 1 did not come within 0.5 s" in str(first)
     assert second is None
+
+
+@pytest.mark.parametrize("how", ["stopped", "holding the interpreter's lock"])
+def test_a_frozen_rank_is_named_with_what_it_does(how: str) -> None:
+    first, second = together(freeze_one, 2, how)
+    assert isinstance(first, PeerError)
+    assert "rank 1 has given no sign of life for 1.5 s" in str(first)
+    assert "while sampling" in str(first)
+    assert isinstance(second, PeerError)  # it goes on, and hears what was said of it
+
+
+def test_a_rank_that_works_for_long_is_waited_for() -> None:
+    assert together(work_for_long, 2) == [None, None]
+
+
+def test_silence_is_measured_by_the_pauses_so_far_and_not_by_pauses_of_ones_own() -> None:
+    store: dict[str, bytes] = {}
+
+    class Store:
+        def set(self, key: str, value: str) -> None:
+            store[key] = value.encode()
+
+        def check(self, keys: list[str]) -> bool:
+            return all(key in store for key in keys)
+
+        def get(self, key: str) -> bytes:
+            return store[key]
+
+    now = [0.0]
+    own, other = (Heartbeat(Store(), rank, 10.0, clock=lambda: now[0]) for rank in range(2))
+
+    def silent_for(seconds: int, at_most: float) -> str | None:
+        for _ in range(seconds):
+            now[0] += 1
+            found = own.frozen([1], at_most)
+            if found is not None:
+                return found
+        return None
+
+    assert silent_for(100, 100.0) is None  # it has not begun to tell
+    other.begin("scoring")
+    other.beat(0.0)
+    assert silent_for(11, 100.0) is None
+    now[0] += 1000  # this process was stopped itself: that says nothing of the other
+    assert own.frozen([1], 100.0) == (
+        "rank 1 has given no sign of life for 10 s (placement.silence) while scoring: it is "
+        "stopped, or something holds its interpreter"
+    )
+    other.beat(2.0)  # it has paused for 2 s: it may be silent for 20 times as long
+    assert silent_for(40, 100.0) is None
+    other.beat(0.0)
+    assert "no sign of life for 40 s" in str(silent_for(42, 100.0))
+    other.beat(30.0)
+    assert "no sign of life for 100 s" in str(silent_for(102, 100.0))
 
 
 # The shares add up -------------------------------------------------------------------------------

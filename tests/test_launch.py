@@ -220,5 +220,5 @@ def test_trouble_of_every_kind_loses_nothing() -> None:
         check=False,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    for kind in ("failpoints", "corrupt", "kill", "term", "ranks"):
+    for kind in ("failpoints", "full", "corrupt", "kill", "term", "ranks"):
         assert f"\n{kind}" in ran.stdout

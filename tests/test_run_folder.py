@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from constrained_ft import metrics
 from constrained_ft.compose import compose
 from constrained_ft.config import Config
 from constrained_ft.errors import ConfigError
@@ -181,3 +182,13 @@ def test_a_write_that_fails_leaves_the_old_text(
         write_atomically(file, "new")
     assert file.read_text() == "old"
     assert [*tmp_path.iterdir()] == [file]
+
+
+def test_half_a_row_that_a_full_disk_left_is_not_read_and_gives_way(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    metrics.append(file, {"iteration": 1.0})
+    with file.open("a") as stream:
+        stream.write('{"iteration": 2.0, "upda')
+    assert metrics.read(file) == [{"iteration": 1.0}]
+    metrics.append(file, {"iteration": 2.0})
+    assert metrics.read(file) == [{"iteration": 1.0}, {"iteration": 2.0}]
