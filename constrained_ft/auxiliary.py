@@ -38,6 +38,8 @@ from constrained_ft.randomness import seed_everything
 from constrained_ft.rollouts import Rollouts
 
 LOGIT_LIMIT = 15.0
+# What files of an auxiliary that say something else than they should may raise.
+_UNFIT = (OSError, LookupError, TypeError, RuntimeError, ValueError, AttributeError)
 _PRIOR_LIMIT = 8.0
 _WEIGHTS, _SHAPE = "auxiliary.safetensors", "config.json"
 
@@ -313,9 +315,9 @@ class FrozenAuxiliary:
         try:
             shape: dict[str, Any] = json.loads((folder / _SHAPE).read_text())
             tensors = safetensors.torch.load_file(folder / _WEIGHTS, device=str(device))
-        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            return cls._from_tensors(shape, tensors)
+        except (*_UNFIT, safetensors.SafetensorError) as error:
             raise CheckpointError(f"{folder} holds no readable auxiliary: {error}") from error
-        return cls._from_tensors(shape, tensors)
 
     @classmethod
     def _from_tensors(

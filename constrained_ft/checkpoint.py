@@ -43,6 +43,16 @@ _OPTIMIZER, _TARGET = "optimizer.safetensors", "target.safetensors"
 _SHARDS = "shards"  # a folder, in the place of the LLM's and the optimizer's files
 _KEPT = 2
 _SPARE = 1.2  # times what is about to be written has to be free
+# What reading a file may raise that says something else than it should.
+_UNFIT = (
+    OSError,
+    LookupError,
+    TypeError,
+    RuntimeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+)
 
 
 def save(
@@ -187,7 +197,7 @@ def restore(
         parts.kl_weight = float(state["kl_weight"])
         target = _read_target(checkpoint, state["target"], parts, config)
         return int(state["iteration"]), target, dict(state["row"])
-    except (OSError, LookupError, TypeError, RuntimeError, ValueError) as error:
+    except _UNFIT as error:
         raise _misfit(checkpoint, error) from error
 
 
@@ -211,7 +221,7 @@ def restore_llm(checkpoint: Path, parts: Parts) -> None:
             moments = _read_tensors(checkpoint / _OPTIMIZER, torch.device("cpu"))
         _put_optimization(moments, state, parts)
         parts.llm.load_trained(tensors)
-    except (OSError, LookupError, TypeError, RuntimeError, ValueError) as error:
+    except _UNFIT as error:
         raise _misfit(checkpoint, error) from error
 
 
@@ -341,7 +351,7 @@ def _fault(checkpoint: Path, *, thorough: bool = True) -> str | None:
                 return f"{name} has {size} bytes, not {facts['bytes']}"
             if thorough and _sha256(checkpoint / name) != facts["sha256"]:
                 return f"{name} is damaged"
-    except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
+    except _UNFIT as error:
         return f"{type(error).__name__}: {error}"
     return None
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from small import run, small_config, small_parts
 
 from constrained_ft import checkpoint
+from constrained_ft.auxiliary import FrozenAuxiliary
 from constrained_ft.checkpoint import continue_from_newest
 from constrained_ft.config import Config
 from constrained_ft.distributed import StopRequest
@@ -118,6 +120,121 @@ def test_harm_is_seen_and_the_one_before_is_taken(
     assert newest == copied / "iteration_0001"
     assert len(faults) == 1
     assert faults[0].startswith("iteration_0002: ")
+
+
+# Files that somebody made to do harm -------------------------------------------------------------
+
+
+class Canary:
+    """Leaves a folder behind where it is unpickled."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.place),)
+
+
+def header(text: str, length: int | None = None) -> bytes:
+    """A safetensors file of 64 bytes of numbers; its header may be said to be longer than it is."""
+    count = len(text) if length is None else length
+    return count.to_bytes(8, "little") + text.encode() + b"\0" * 64
+
+
+def entry(first: int, last: int, shape: str = "[8]") -> str:
+    return f'{{"dtype":"F32","shape":{shape},"data_offsets":[{first},{last}]}}'
+
+
+CRAFTED = {
+    "10 GB of header": header("{}", 10 * 2**30),
+    "a header of 2^64 - 1 bytes": header("{}", 2**64 - 1),
+    "no JSON": header("os.system('true')"),
+    "a deep nest": header("[" * 100_000),
+    "overlapping": header(f'{{"a":{entry(0, 32)},"b":{entry(16, 48)}}}'),
+    "beyond the end": header(f'{{"a":{entry(32, 2**40, "[274877906936]")}}}'),
+    "backwards": header(f'{{"a":{entry(32, 0)}}}'),
+    "a shape of 2^80": header(f'{{"a":{entry(0, 64, "[1099511627776,1099511627776]")}}}'),
+    "a negative shape": header(f'{{"a":{entry(0, 64, "[-4,-4]")}}}'),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("name", ["llm", "auxiliary", "optimizer", "target", "replay_0"])
+@pytest.mark.parametrize("kind", [*CRAFTED, "pickle"])
+def test_crafted_tensors_are_refused_and_run_nothing(
+    kind: str, name: str, copied: Path, parts: Parts, config: Config, tmp_path: Path
+) -> None:
+    newest, canary = copied / "iteration_0002", tmp_path / "canary"
+    crafted = pickle.dumps(Canary(canary)) if kind == "pickle" else CRAFTED[kind]
+    (newest / f"{name}.safetensors").write_bytes(crafted)
+    resealed(newest)  # its manifest says that it is whole
+    assert checkpoint.newest(copied) == (newest, [])
+    with pytest.raises(CheckpointError, match=rf"does not fit this run: {name}\.safetensors"):
+        checkpoint.restore(newest, parts, config)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "[" * 100_000,
+        '{"iteration": 1e999}',
+        '{"param_groups": ["x"]}',
+        '{"replay": [{"prompts": 3}]}',
+        '{"scheduler": {"__class__": "os"}, "replay": {}}',
+    ],
+)
+def test_a_crafted_state_is_refused(text: str, copied: Path, parts: Parts, config: Config) -> None:
+    newest = copied / "iteration_0002"
+    whole = json.loads((newest / "state.json").read_text())
+    crafted = text if text.startswith("[") else json.dumps(whole | json.loads(text))
+    (newest / "state.json").write_text(crafted)
+    resealed(newest)
+    with pytest.raises(CheckpointError, match="does not fit this run"):
+        checkpoint.restore(newest, parts, config)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/hostname", "sub/llm.safetensors"])
+def test_a_manifest_that_names_files_elsewhere_is_not_followed(
+    name: str, copied: Path, tmp_path: Path
+) -> None:
+    newest, outside = copied / "iteration_0002", copied / "outside.safetensors"
+    shutil.move(newest / "llm.safetensors", outside)
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest[name] = manifest.pop("llm.safetensors")
+    (newest / "manifest.json").write_text(checkpoint._manifest_text(manifest))
+    found, faults = checkpoint.newest(copied)
+    assert found == copied / "iteration_0001"
+    assert "missing or strange" in faults[0]
+
+
+def test_a_manifest_of_a_deep_nest_is_a_fault(copied: Path) -> None:
+    (copied / "iteration_0002" / "manifest.json").write_text("[" * 100_000)
+    assert checkpoint.newest(copied)[0] == copied / "iteration_0001"
+
+
+@pytest.mark.parametrize("kind", [*CRAFTED, "pickle", "another shape", "another width"])
+def test_a_crafted_auxiliary_of_an_export_is_refused(
+    kind: str, finished: RunFolder, tmp_path: Path
+) -> None:
+    folder, canary = tmp_path / "auxiliary", tmp_path / "canary"
+    shutil.copytree(finished.final_auxiliary, folder)
+    (weights,) = folder.glob("*.safetensors")
+    (shape,) = folder.glob("*.json")
+    if kind == "pickle":
+        weights.write_bytes(pickle.dumps(Canary(canary)))
+    elif kind == "another shape":
+        tensors = safetensors.torch.load_file(weights)
+        tensors.pop("tokens_VR")
+        safetensors.torch.save_file(tensors, weights)
+    elif kind == "another width":
+        shape.write_text(json.dumps(json.loads(shape.read_text()) | {"hidden_size": 10**12}))
+    else:
+        weights.write_bytes(CRAFTED[kind])
+    with pytest.raises(CheckpointError, match="holds no readable auxiliary"):
+        FrozenAuxiliary.load(folder, torch.device("cpu"))
+    assert not canary.exists()
 
 
 def test_a_run_is_never_begun_again_in_silence(

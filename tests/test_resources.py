@@ -326,8 +326,12 @@ def test_nothing_in_a_model_folder_can_run_code_or_read_elsewhere(
     weights.write_bytes((10 * 2**30).to_bytes(8, "little") + content[8:])
     with pytest.raises(ModelError, match=str(model_folder)):
         load_frozen(plain_config(str(model_folder)))
-    weights.unlink()
     (model_folder / "pytorch_model.bin").write_bytes(pickle.dumps(Canary(canary)))
+    weights.rename(model_folder / "other.safetensors")  # not what would be read
+    with pytest.raises(ModelError, match=str(model_folder)):
+        load_frozen(plain_config(str(model_folder)))
+    assert not canary.exists()
+    (model_folder / "other.safetensors").unlink()
     refused(r"weights as pickle, which could run code")
 
 
