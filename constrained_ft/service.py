@@ -204,7 +204,7 @@ class Service:
         code = response.status_code
         said = " ".join(response.text[:200].split())
         if code in heals:
-            wait = _retry_after(response.headers.get("retry-after"))
+            wait = _retry_after(response.headers)
             raise Passing(f"status {code}", wait=wait, busy=code in {429, 503})
         if code in {401, 403}:
             source = self._address.api_key_env
@@ -368,8 +368,12 @@ def _pause(state: "tenacity.RetryCallState", failures: int) -> float:
     return random.uniform(0, most)
 
 
-def _retry_after(header: str | None) -> float | None:
-    """Seconds, from a number or a date; None where there is neither."""
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds, from a number or a date; None where there is neither.
+
+    A date is compared with the server's own clock, where it tells it: this one may be wrong.
+    """
+    header = headers.get("retry-after")
     if header is None:
         return None
     try:
@@ -377,7 +381,9 @@ def _retry_after(header: str | None) -> float | None:
     except ValueError:
         pass
     try:
-        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
+        said = headers.get("date")
+        now = time.time() if said is None else parsedate_to_datetime(said).timestamp()
+        return max(0.0, parsedate_to_datetime(header).timestamp() - now)
     except (TypeError, ValueError):
         return None
 

@@ -174,6 +174,29 @@ def test_a_faulty_service_gives_the_scores_of_a_sound_one() -> None:
         assert len(service.seen) > 5
 
 
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"retry-after": "7"}, 7.0),
+        ({"retry-after": "soon"}, None),
+        # The server's clock says 10 s, whatever the one here does.
+        (
+            {
+                "date": "Sat, 01 Jan 2000 00:00:00 GMT",
+                "retry-after": "Sat, 01 Jan 2000 00:00:10 GMT",
+            },
+            10.0,
+        ),
+        ({"retry-after": "Sat, 01 Jan 2000 00:00:10 GMT"}, 0.0),
+    ],
+)
+def test_retry_after_is_read_by_the_servers_clock(
+    headers: dict[str, str], seconds: float | None
+) -> None:
+    assert service._retry_after(headers) == seconds
+
+
 def test_retry_after_is_obeyed(server: Scripted) -> None:
     times: list[float] = []
 
@@ -336,14 +359,16 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_asked(
 # Whole runs ---------------------------------------------------------------------------------------
 
 
-def train(folder: Path, url: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+def train(
+    folder: Path, url: str, *overrides: str, flags: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     environment = dict(os.environ) | {
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "200",
         "XDG_CACHE_HOME": str(folder / "cache"),
         "CFT_TEST_KEY": SECRET,
     }
-    command = [sys.executable, "-m", "constrained_ft.cli.main", "train", *SMALL, *HTTP[2:]]
+    command = [sys.executable, "-m", "constrained_ft.cli.main", *flags, "train", *SMALL, *HTTP[2:]]
     command += ["constraint=http", f"constraint.scorer.url={url}"]
     command += ["constraint.scorer.api_key_env=CFT_TEST_KEY", "trainer.iterations=2", *overrides]
     return subprocess.run(
@@ -353,7 +378,10 @@ def train(folder: Path, url: str, *overrides: str) -> subprocess.CompletedProces
 
 def test_a_run_leaks_no_key_and_a_second_one_asks_for_nothing(tmp_path: Path) -> None:
     with faulty.FaultyService(faulty=False, latency=0.0) as service:
-        ran = train(tmp_path, service.url, "output_dir=one", "constraint.satisfied_at=0.2")
+        ran = train(
+            *(tmp_path, service.url, "output_dir=one", "constraint.satisfied_at=0.2"),
+            flags=("--debug", "-v"),
+        )
         assert ran.returncode == 0, ran.stderr
         assert all(f"Bearer {SECRET}" in headers.values() for headers in service.headers)
         asked = sum(service.seen.values())

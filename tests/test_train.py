@@ -1,9 +1,12 @@
 """Whole small runs: the same twice, the same stopped and resumed, and what they say."""
 
 import hashlib
+import itertools
 import json
 import math
+import time
 from collections.abc import Mapping
+from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from small import run, small_config, small_parts
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from constrained_ft import checkpoint, evaluate, metrics, results
+from constrained_ft import checkpoint, evaluate, metrics, results, run_folder
 from constrained_ft.config import Config
 from constrained_ft.corpus import load_corpus
 from constrained_ft.distributed import StopRequest
@@ -138,6 +141,37 @@ def test_one_seed_gives_one_result_to_the_last_bit(
     other = run(small_config("trainer=alternating", "seed=1"), tmp_path / "other")
     assert digests(other.final_llm) != digests(again.final_llm)
     assert digests(straight["overlapped", False].final_llm) != digests(again.final_llm)
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_a_clock_that_jumps_by_a_day_changes_dates_and_nothing_else(
+    straight: Mapping[tuple[str, bool], RunFolder],
+    direction: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    usual, looks = time.time, itertools.count()
+
+    def days() -> int:
+        return direction * next(looks)
+
+    class Jumping(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "Jumping":
+            return cls.fromtimestamp(usual() + 86400 * days(), tz)
+
+    monkeypatch.setattr(time, "time", lambda: usual() + 86400 * days())
+    monkeypatch.setattr(run_folder, "datetime", Jumping)
+    folder = run(small_config("trainer=overlapped"), tmp_path / "run")
+    assert_same(folder, straight["overlapped", False])
+    assert next(looks) > 3
+    assert folder.status()["updated"][:10] != f"{datetime.now(UTC):%Y-%m-%d}"
+    seconds = [
+        row[name] for row in metrics.read(folder.metrics_file) for name in TIMES & row.keys()
+    ]
+    phases = json.loads(folder.phases_file.read_text())["phases"].values()
+    seconds += [phase["seconds"] for phase in phases]
+    assert all(0 <= one < 3600 for one in seconds)
 
 
 @pytest.mark.parametrize("after", [1, 2])
