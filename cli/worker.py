@@ -181,4 +181,8 @@ def _leave_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    ended = main(sys.argv[1])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # An exchange with a frozen rank may still stand open, and Python would wait for its thread.
+    os._exit(ended)

@@ -13,8 +13,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -114,7 +114,7 @@ class StopRequest:
             self._links.raise_failure()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Links:
     """What connects a rank to all others."""
 
@@ -124,6 +124,8 @@ class _Links:
     timeout: float
     """Seconds to wait for others."""
     heartbeat: Heartbeat
+    stuck: bool = False
+    """Whether an exchange stands open that will never end."""
 
     def raise_failure(self) -> None:
         """Raise what another rank announced, if one did."""
@@ -200,10 +202,10 @@ class World:
             self._all.heartbeat.begin(phase)
 
     def leave(self) -> None:
-        """Close the connections to the other processes."""
+        """Close the connections to the other processes, but for an exchange that stands open."""
         if self._all is not None:
             self._all.heartbeat.stop()
-        if dist.is_initialized():
+        if dist.is_initialized() and not (self._all is not None and self._all.stuck):
             dist.destroy_process_group()
 
     def share(self, items: Shared) -> Shared:
@@ -322,8 +324,7 @@ class World:
             return
         self.agree()
         for flat, parts in _flattened(tensors):
-            with _named_loss("summing gradients"):
-                dist.all_reduce(flat, group=self._bulk)
+            self._exchange("summing gradients", dist.all_reduce, flat, group=self._bulk)
             for part, summed in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
                 part.copy_(summed.view_as(part))
 
@@ -342,8 +343,7 @@ class World:
             return list(numbers)
         self.agree()
         sums = torch.tensor(list(numbers), dtype=torch.float64)
-        with _named_loss("summing"):
-            dist.all_reduce(sums, group=self._control)
+        self._exchange("summing", dist.all_reduce, sums, group=self._control)
         return [float(number) for number in sums]
 
     def copy(self, tensors: Iterable[Tensor], source: int = 0) -> None:
@@ -353,8 +353,13 @@ class World:
         self.agree()
         for tensor in tensors:
             whole = tensor.detach().contiguous()
-            with _named_loss("copying weights"):
-                dist.broadcast(whole, src=self.ranks[source], group=self._bulk)
+            self._exchange(
+                "copying weights",
+                dist.broadcast,
+                whole,
+                src=self.ranks[source],
+                group=self._bulk,
+            )
             if self.rank != source:
                 tensor.detach().copy_(whole)
 
@@ -365,13 +370,13 @@ class World:
         self.agree()
         sizes = [torch.zeros(1, dtype=torch.long) for _ in self.ranks]
         own = torch.frombuffer(bytearray(packet), dtype=torch.uint8)
-        with _named_loss("gathering"):
-            dist.all_gather(sizes, torch.tensor([len(packet)]), group=self._control)
-            longest = max(int(size) for size in sizes)
-            padded = torch.zeros(longest, dtype=torch.uint8)
-            padded[: len(own)] = own
-            found = [torch.zeros_like(padded) for _ in self.ranks]
-            dist.all_gather(found, padded, group=self._control)
+        told = torch.tensor([len(packet)])
+        self._exchange("gathering", dist.all_gather, sizes, told, group=self._control)
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(own)] = own
+        found = [torch.zeros_like(padded) for _ in self.ranks]
+        self._exchange("gathering", dist.all_gather, found, padded, group=self._control)
         return [
             part[: int(size)].numpy().tobytes() for part, size in zip(found, sizes, strict=True)
         ]
@@ -382,14 +387,43 @@ class World:
             return packet
         self.agree()
         size = torch.tensor([len(packet)])
-        with _named_loss("telling"):
-            dist.broadcast(size, src=self.ranks[source], group=self._control)
-            if self.rank == source:
-                whole = torch.frombuffer(bytearray(packet), dtype=torch.uint8)
-            else:
-                whole = torch.zeros(int(size), dtype=torch.uint8)
-            dist.broadcast(whole, src=self.ranks[source], group=self._control)
+        where = {"src": self.ranks[source], "group": self._control}
+        self._exchange("telling", dist.broadcast, size, **where)
+        if self.rank == source:
+            whole = torch.frombuffer(bytearray(packet), dtype=torch.uint8)
+        else:
+            whole = torch.zeros(int(size), dtype=torch.uint8)
+        self._exchange("telling", dist.broadcast, whole, **where)
         return whole.numpy().tobytes()
+
+    def _exchange(self, doing: str, begin: Callable[..., Any], *tensors: Any, **where: Any) -> None:
+        """A collective that all ranks have agreed on. Whoever freezes within it is named, too.
+
+        Raises:
+            PeerError: saying what was being done.
+        """
+        links = self._links
+        assert links is not None
+        try:
+            work = begin(*tensors, **where, async_op=True)
+            if dist.get_backend(where["group"]) == "gloo":  # NCCL's end on the device, not here
+                self._await_end(work, links)
+            work.wait()
+        except RuntimeError as error:
+            raise PeerError(f"a rank was lost while {doing}: {error}") from error
+
+    def _await_end(self, work: dist.Work, links: _Links) -> None:
+        others = [rank for place, rank in enumerate(self.ranks) if place != self.rank]
+        looked, pause = time.monotonic(), _PAUSE
+        while not work.is_completed():
+            time.sleep(pause)
+            pause = min(pause * 1.2, 10 * _PAUSE)
+            if time.monotonic() - looked > _POLL_SECONDS:
+                looked = time.monotonic()
+                frozen = links.heartbeat.frozen(others, links.timeout)
+                if frozen is not None:
+                    links.stuck = True
+                    raise PeerError(frozen)
 
 
 def join(stop: StopRequest, timeout: float, silence: float) -> World:
@@ -436,15 +470,6 @@ def unpack(packet: bytes) -> tuple[dict[str, Tensor], object]:
     length = int.from_bytes(packet[:8], "little")
     header = json.loads(packet[8 : 8 + length])
     return safetensors.torch.load(packet), json.loads(header["__metadata__"]["facts"])
-
-
-@contextmanager
-def _named_loss(doing: str) -> Iterator[None]:
-    """Turns a lost connection into an error that says what was being done."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise PeerError(f"a rank was lost while {doing}: {error}") from error
 
 
 def _groups(ranks: Iterable[int]) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
