@@ -1,7 +1,8 @@
 """Kill, signal, corrupt and slow down small runs, and see that nothing is lost.
 
     python scripts/chaos.py short              what CI runs, about two minutes
-    python scripts/chaos.py kill --count 20    one kind of trouble, as often as asked
+    python scripts/chaos.py kill --count 50    one kind of trouble, as often as asked: 200 kills,
+                                               50 of each schedule with one process and with two
     python scripts/chaos.py all                everything, about an hour; docs/reliability.md has it
 
 Every kind prints what it did; the exit code is 1 where a promise was broken. Runs are compared by

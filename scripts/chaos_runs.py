@@ -39,6 +39,7 @@ def score(prompts, completions):
 """
 KINDS = {
     "alternating": ([], 1),
+    "overlapped": (["trainer=overlapped"], 1),
     "data parallel": ([], 2),
     "overlapped peers": (["trainer=overlapped", "placement=peers"], 2),
 }

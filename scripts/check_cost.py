@@ -37,7 +37,7 @@ import torch  # noqa: E402  # after the libraries' settings
 from constrained_ft import sizing  # noqa: E402
 from constrained_ft.compose import compose  # noqa: E402
 from constrained_ft.cost import Layout, Shape, Work  # noqa: E402
-from constrained_ft.distributed import StopRequest, World, join, leave  # noqa: E402
+from constrained_ft.distributed import StopRequest, World, join  # noqa: E402
 from constrained_ft.finetune import corpus_rows, rows_after_first_step, update_llm  # noqa: E402
 from constrained_ft.machine import processor  # noqa: E402
 from constrained_ft.memory import forget_peak, recent_peak  # noqa: E402
@@ -249,7 +249,7 @@ def run_case(name: str, small: str, clock: str) -> dict[str, Any]:
     model = ("llm=pretrained", f"llm.model_name_or_path={small}") if case.small else ()
     config = compose([*model, *SHORT, *case.overrides])
     stop, device = StopRequest(), torch.device("cpu")
-    world = join(stop, 600) if case.ranks > 1 else World.alone()
+    world = join(stop, 600, 600) if case.ranks > 1 else World.alone()
     parts = build_parts(config, Silent(), stop, world=world)
     before = ceilings(device, size=1024, megabytes=64, clock=ticks)
     forget_peak(device)
@@ -281,7 +281,7 @@ def run_case(name: str, small: str, clock: str) -> dict[str, Any]:
         examples=(1 - config.auxiliary.validation_share) * seen,
         kept=WARM + MEASURED,
     )
-    leave()
+    world.leave()
     return {
         "phases": {n: spent[n].seconds / MEASURED if n in spent else 0.0 for n in PHASES},
         "peak": peak,
