@@ -406,24 +406,26 @@ class World:
         assert links is not None
         try:
             work = begin(*tensors, **where, async_op=True)
-            if dist.get_backend(where["group"]) == "gloo":  # NCCL's end on the device, not here
+            if dist.get_backend(where["group"]) == "gloo":
                 self._await_end(work, links)
-            work.wait()
+            else:  # NCCL's end on the device, not here
+                work.wait()
         except RuntimeError as error:
             raise PeerError(f"a rank was lost while {doing}: {error}") from error
 
     def _await_end(self, work: dist.Work, links: _Links) -> None:
         others = [rank for place, rank in enumerate(self.ranks) if place != self.rank]
-        looked, pause = time.monotonic(), _PAUSE
-        while not work.is_completed():
-            time.sleep(pause)
-            pause = min(pause * 1.2, 10 * _PAUSE)
-            if time.monotonic() - looked > _POLL_SECONDS:
-                looked = time.monotonic()
-                frozen = links.heartbeat.frozen(others, links.timeout)
-                if frozen is not None:
-                    links.stuck = True
-                    raise PeerError(frozen)
+        while True:
+            try:
+                work.wait(timedelta(seconds=_POLL_SECONDS))
+                return
+            except RuntimeError:
+                if work.is_completed():  # it has failed, and not only taken longer
+                    raise
+            frozen = links.heartbeat.frozen(others, links.timeout)
+            if frozen is not None:
+                links.stuck = True
+                raise PeerError(frozen)
 
 
 def join(stop: StopRequest, timeout: float, silence: float) -> World:
