@@ -10,6 +10,7 @@ _WANTED = 8  # completions of the rarer kind in an iteration
 _MOST = 4  # times the completions that there are: each costs time
 _BEST_SHARE = 0.2
 _CANDIDATES = 4
+_GUIDED = 0.3
 _GRADED = 1e-3  # scores differ by more than this
 
 
@@ -47,7 +48,9 @@ def advice(base: Evaluation, config: Config) -> str | None:
         wanted = math.ceil(_WANTED / rarer / config.prompts.prompts_per_iteration)
         each = min(wanted, _MOST * config.prompts.samples_per_prompt)
         overrides.append(f"prompts.samples_per_prompt={each}")
-        if config.constraint.has_hard_labels and not config.auxiliary.balanced:
+        if rate < RARE and config.sampler.kind == "cft" and not config.prompts.guided_roll_ins:
+            overrides.append(f"prompts.guided_roll_ins={_GUIDED}")
+        if rate >= RARE and config.constraint.has_hard_labels and not config.auxiliary.balanced:
             overrides.append("auxiliary.balanced=true")
     kind = "rarely satisfied" if rate < RARE else "nearly always satisfied"
     words = f"the constraint is {kind} by the base model ({rate:.1%})"

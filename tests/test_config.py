@@ -29,6 +29,7 @@ OPEN = {
         "constraint.scorer.model_name_or_path=some/model",
         "constraint.scorer.labels=[toxic]",
     ],
+    ("sampler", "vllm_server"): ["sampler.url=http://127.0.0.1:8000"],
     ("experiment", "seven_billion"): ["data.name=OWNER/NAME"],
     ("constraint", "embedding"): ["constraint.scorer.references=[yes]"],
     ("constraint", "http"): [

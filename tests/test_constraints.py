@@ -293,7 +293,7 @@ BINARY = (0.0,) * 8 + (1.0,)
             GRADED,
             "rarely satisfied by the base model (0.5%); proposal: constraint.anneal=0.2",
         ),
-        (0.005, BINARY, "prompts.samples_per_prompt=16 auxiliary.balanced=true"),
+        (0.005, BINARY, "prompts.samples_per_prompt=16 prompts.guided_roll_ins=0.3"),
         (0.995, tuple(reversed([1 - q for q in GRADED])), "nearly always satisfied"),
         (0.995, BINARY, "prompts.samples_per_prompt=16 auxiliary.balanced=true"),
     ],
