@@ -120,9 +120,13 @@ MAIN = (
 )
 OTHERS = (
     Method(name="overlapped", overrides=("trainer=overlapped",), note="cft, the other schedule"),
-    Method(name="grpo", overrides=("trainer=grpo", "trainer.trl.weight=10"), note="TRL"),
-    Method(name="rloo", overrides=("trainer=rloo",), note="TRL"),
-    Method(name="kto", overrides=("trainer=kto",), note="TRL"),
+    Method(
+        name="grpo",
+        overrides=("trainer=grpo", "trainer.trl.weight=10"),
+        note="TRL's, its reward weighed 10 beside the corpus; its sampler is not timed apart",
+    ),
+    Method(name="rloo", overrides=("trainer=rloo",), note="TRL's"),
+    Method(name="kto", overrides=("trainer=kto",), note="TRL's"),
     Method(name="lambda-4", overrides=("trainer.kl_weight=4",)),
     Method(name="lambda-40", overrides=("trainer.kl_weight=40",)),
 )
@@ -299,9 +303,21 @@ class Row:
 
     def perplexity(self) -> str:
         """Of the corpus's first group of held-out text."""
-        found = [next(iter(model["perplexity"].values()))["mean"] for model in self.models]
+        found = self._perplexities()
         spread = f" ({' '.join(f'{one:.2f}' for one in found)})" if len(found) > 1 else ""
-        return f"{float(np.mean(found)):.2f}{spread}"
+        return f"{self.news():.2f}{spread}"
+
+    def news(self) -> float:
+        """The same over all seeds."""
+        return float(np.mean(self._perplexities()))
+
+    def _perplexities(self) -> list[float]:
+        return [next(iter(model["perplexity"].values()))["mean"] for model in self.models]
+
+    def toxic(self) -> float:
+        """Share of violations over all seeds."""
+        groups = [model["groups"][self.group()] for model in self.models]
+        return float(np.mean([group["violation"]["mean"] for group in groups]))
 
     def mean(self, name: str) -> float:
         """A plain number of the group, over all seeds."""
@@ -394,10 +410,11 @@ def render() -> None:
         if scenario == "toxic":
             plot(rows, FRONT)
             lines += [*_notes(rows), ""]
+            lines += [*_beside_cft(rows), ""]
             lines += [f"![toxic share against perplexity]({FRONT.name})", ""]
             lines += [*_benchmarks()]
         lines += [*_detection(rows)]
-    lines += ["## What a cell costs", "", *_costs(), ""]
+    lines += ["## What a cell costs", "", COSTS, "", *_costs(), ""]
     lines += ["## Every cell", "", *_commands()]
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(PAGE)
@@ -409,6 +426,25 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
     for method in (*MAIN, *OTHERS, *ABLATIONS):
         if method.name in shown and method.note:
             yield f"- {method.name}: {method.note}"
+
+
+def _beside_cft(rows: Sequence[Row]) -> Iterator[str]:
+    """Where each method lies on the front, seen from cft."""
+    ours = next((row for row in rows if row.label == "cft"), None)
+    if ours is None:
+        return
+    yield "Beside cft, by the means of the table:"
+    yield ""
+    for row in rows:
+        if row is not ours:
+            toxic = "less" if row.toxic() < ours.toxic() else "more"
+            news = "better" if row.news() < ours.news() else "worse"
+            both = ", so better on both" if (toxic, news) == ("less", "better") else ""
+            yield (
+                f"- {row.label}: {toxic} toxic ({100 * row.toxic():.1f} % against "
+                f"{100 * ours.toxic():.1f} %) and {news} at held-out news (perplexity "
+                f"{row.news():.2f} against {ours.news():.2f}){both}"
+            )
 
 
 def _benchmarks() -> Iterator[str]:
@@ -491,6 +527,9 @@ def _commands() -> Iterator[str]:
         yield f"Not run yet: {', '.join(missing)}."
 
 
+COSTS = """\
+Cells ran one by one on one of the machine's two cores, with other work on the second, which slows the
+first as well, unevenly: seconds are noisy by up to a factor of two. Completions and tokens are not."""
 TITLES = {
     "toxic": "A corpus rich in toxic text",
     "clean": "A clean corpus",
