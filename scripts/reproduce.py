@@ -528,8 +528,9 @@ def _commands() -> Iterator[str]:
 
 
 COSTS = """\
-Cells ran one by one on one of the machine's two cores, with other work on the second, which slows the
-first as well, unevenly: seconds are noisy by up to a factor of two. Completions and tokens are not."""
+Cells ran one by one on one of the machine's two cores, with other work on the second, which slows
+the first as well, unevenly: seconds are noisy by up to a factor of two. Completions and tokens are
+not."""
 TITLES = {
     "toxic": "A corpus rich in toxic text",
     "clean": "A clean corpus",
