@@ -386,6 +386,7 @@ def test_quality_is_measured_at_three_places_of_each_completion() -> None:
         hidden_NTD=whole.hidden_NTD,
         ids_NT=whole.ids_NT,
         mask_NT=mask_NT,
+        labeled_NT=mask_NT,
         labels_N=whole.labels_N,
         weights_N=whole.weights_N,
         targets_NT=whole.targets_NT,
