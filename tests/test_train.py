@@ -255,7 +255,7 @@ def test_every_metric_has_a_meaning_and_every_meaning_a_metric(
             assert {metrics.entry(name) for name in row} <= set(METRICS)
             assert all(math.isfinite(value) for value in row.values())
             seen |= {metrics.entry(name) for name in row}
-    # Those of peers, guards, judges, several constraints, roll-ins, a sampling server and TRL are in
+    # Those of peers, guards, judges, several constraints, roll-ins, a server and TRL are in
     # their own tests.
     elsewhere = {"time/wait_target", "time/wait_llm", "update/rolled_back"}
     elsewhere |= {"rollouts/guided_satisfaction", "rollouts/logprob_gap"}
