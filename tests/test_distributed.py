@@ -246,6 +246,7 @@ def test_a_frozen_rank_is_named_with_what_it_does(how: str) -> None:
     assert second is None if how == "stopped in an exchange" else isinstance(second, PeerError)
 
 
+@pytest.mark.slow
 def test_a_rank_that_works_for_long_is_waited_for() -> None:
     assert together(work_for_long, 2) == [None, None]
 

@@ -234,6 +234,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return digests(tmp_path / "straight")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_with_restarts_a_machine_may_go_and_come_back(
     tmp_path: Path, straight: dict[str, str]
@@ -258,6 +259,7 @@ def test_with_restarts_a_machine_may_go_and_come_back(
     assert digests(tmp_path / "run") == straight
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_the_first_machine_killed_ends_the_other_which_may_come_back_before_it(
     tmp_path: Path, straight: dict[str, str]

@@ -109,6 +109,7 @@ def test_training_comes_to_rest_where_the_law_of_lambda_says() -> None:
     assert measured == pytest.approx((corpus + 3) / 4, abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_dry_run_reckons_with_what_was_fitted_and_every_case_composes() -> None:
     check = loaded("check_cost")
     for case in check.CASES.values():

@@ -191,6 +191,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return safetensors.torch.load_file(folder / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_runs_are_continued_to_the_bit_and_by_another_number_of_ranks(tmp_path: Path) -> None:
     config, alone = config_of(WHOLE_RUN, 4), config_of(WHOLE_RUN, 8)
     straight = begun(config, tmp_path / "straight")
@@ -260,6 +261,7 @@ def sees_harm(newest: Path) -> None:
     assert faults == [f"iteration_0003: shards/{shard.name} is damaged"]
 
 
+@pytest.mark.slow
 def test_with_adapters_and_a_peer_the_run_is_that_of_one_process(tmp_path: Path) -> None:
     overrides = (*WHOLE_RUN, "trainer=overlapped")
     config = config_of((*overrides, "placement=peers"), 4, lora=True)

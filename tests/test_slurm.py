@@ -199,6 +199,7 @@ def test_what_slurm_refuses_is_said(cluster: Path, monkeypatch: pytest.MonkeyPat
     assert "Invalid account" in ran.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_a_submitted_run_is_stopped_requeued_and_finished(cluster: Path) -> None:
     many = ("trainer.iterations=4", "--nnodes", "2", "--nproc-per-node", "1")
