@@ -153,10 +153,10 @@ ABLATIONS = (
 
 EXTRAS = {
     # Control while decoding, on the plainly fine-tuned model.
-    "toxic/decoding": (Cell(scenario="toxic", method=PLAIN, seed=0),),
+    "toxic/decoding": (Cell(scenario="toxic", method=PLAIN, seed=1),),
     # Accuracy of the base model and of the main methods.
     "toxic/benchmarks": tuple(
-        Cell(scenario="toxic", method=method, seed=0) for method in (CFT_ROW, PLAIN, FILTERED)
+        Cell(scenario="toxic", method=method, seed=1) for method in (CFT_ROW, PLAIN, FILTERED)
     ),
 }
 FEW = ("--max-prompts", "2", "--samples-per-prompt", "2")
