@@ -71,6 +71,7 @@ def list_keys(
     config_dir: ConfigDirs = None,
 ) -> None:
     """List groups, their options, and every key with its meaning."""
+    from rich.console import Group
     from rich.text import Text
 
     from constrained_ft.groups import default_options, groups
@@ -84,9 +85,8 @@ def list_keys(
             ordered = sorted(options, key=lambda option: option != defaults.get(group))
             console.print(Text(f"  {group:<12}{' · '.join(ordered)}"))
     console.print(Text("\nKeys: SECTION.KEY=VALUE", style="bold"))
-    for key in keys_of_schema().values():
-        if key.path.startswith(section):
-            console.print(_described(key))
+    keys = [key for key in keys_of_schema().values() if key.path.startswith(section)]
+    console.print(Group(*map(_described, keys)))
 
 
 @app.command()

@@ -24,7 +24,6 @@ from constrained_ft.cli.outcome import record
 from constrained_ft.cli.settings import settings
 from constrained_ft.errors import CftError, PeerError, storage_error
 from constrained_ft.progress import Silent
-from constrained_ft.run_folder import RunFolder, write_atomically
 
 if TYPE_CHECKING:
     from constrained_ft.distributed import World
@@ -65,6 +64,8 @@ class RankRecord:
 
     def write(self, folder: Path) -> None:
         """Replace the file."""
+        from constrained_ft.run_folder import write_atomically
+
         write_atomically(folder / f"rank_{self.rank}.json", json.dumps(asdict(self)), durable=False)
 
 
@@ -108,6 +109,7 @@ def main(text: str) -> int:
 def _run(orders: Orders, own: RankRecord, logs: Path) -> int:
     from constrained_ft.cli.display import Several, logged_display
     from constrained_ft.distributed import StopRequest, World, join
+    from constrained_ft.run_folder import RunFolder
     from constrained_ft.trackers import tracked
     from constrained_ft.train import train
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
+import yaml
+
 from constrained_ft.config import Config
 from constrained_ft.errors import ConfigError
 
@@ -28,11 +30,8 @@ def groups(config_dirs: Sequence[Path] = ()) -> dict[str, list[str]]:
 
 def default_options() -> dict[str, str | None]:
     """The option of each group that `cft train` starts with."""
-    from omegaconf import OmegaConf
-
-    defaults = OmegaConf.to_container(OmegaConf.load(package_file(f"{PRIMARY}.yaml")))
-    assert isinstance(defaults, dict)
-    pairs = [item for item in defaults["defaults"] if isinstance(item, dict)]
+    tree = yaml.safe_load(Path(package_file(f"{PRIMARY}.yaml")).read_text(encoding="utf-8"))
+    pairs = [item for item in tree["defaults"] if isinstance(item, dict)]
     return {str(group): option for pair in pairs for group, option in pair.items()}
 
 

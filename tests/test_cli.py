@@ -73,7 +73,7 @@ def succeeds(config: object, folder: RunFolder, display: PlainDisplay, stop: obj
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["config", "list"]])
-def test_help_loads_no_torch_and_takes_less_than_a_second(arguments: list[str]) -> None:
+def test_help_loads_no_torch_and_takes_half_a_second(arguments: list[str]) -> None:
     code = (
         "import sys, time\n"
         "from constrained_ft.cli.main import main\n"
@@ -89,7 +89,7 @@ def test_help_loads_no_torch_and_takes_less_than_a_second(arguments: list[str]) 
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
         )
         seconds.append(float(done.stdout.rsplit(maxsplit=1)[1]))
-        if seconds[-1] <= 1.0:
+        if seconds[-1] <= 0.5:
             return
     raise AssertionError(f"{seconds} s of CPU time")
 
