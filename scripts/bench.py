@@ -633,6 +633,68 @@ def service_rows(_: str | None) -> list[Ratio]:
     ]
 
 
+# The default run, against the first version of it.
+
+FIRST = "5e8584f8d2ace2f235f133ac3084ff08c6c42d08"  # 4.3 % toxic of 10.9, perplexity of news 35.92
+FIRST_ITERATIONS = 6
+ENOUGH_ITERATIONS = 30  # 2.5 % toxic of 9.6, perplexity 30.50: docs/results.md, toxic/cft/0
+GLANCE = ("evaluation.max_prompts=2", "evaluation.samples_per_prompt=2")
+
+
+def history_rows(_: str | None) -> list[Ratio]:
+    """Training until the model is at least as good as the first version made it.
+
+    Iterations of either version are alike, so a few of them are timed and counted as often as a
+    run has them. Needs the history of the repository, and pip.
+    """
+    place = Path(tempfile.mkdtemp(prefix="cft-bench-"))
+
+    def install() -> Path:
+        source, installed = place / "source", place / "installed"
+        source.mkdir()
+        parts = ("pyproject.toml", "README.md", "LICENSE", "constrained_ft", "cli", "conf")
+        archive = subprocess.run(
+            ["git", "-C", str(ROOT), "archive", FIRST, *parts], check=True, capture_output=True
+        ).stdout
+        subprocess.run(["tar", "x", "-C", str(source)], check=True, input=archive)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        pip += ["--no-build-isolation", "--target", str(installed), str(source)]
+        subprocess.run(pip, check=True)
+        return installed
+
+    def seconds(name: str, *overrides: str, path: Path | None = None) -> float:
+        """Of one iteration: the median, without the first, which warms up, if there are more."""
+        folder = place / name
+        command = [sys.executable, "-m", "constrained_ft.cli.main", "-q", "train", *GLANCE]
+        command += ["trainer.warmup_steps=0", *overrides, f"output_dir={folder}"]
+        found = dict(os.environ) | ({"PYTHONPATH": str(path)} if path else {})
+        subprocess.run(command, check=True, env=found, cwd=place, stdout=subprocess.DEVNULL)
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        times = [row["time/iteration"] for row in rows]
+        return statistics.median(times[1:] or times)
+
+    def measured() -> float:
+        path = install()
+        firsts, todays = [], []
+        for number in range(2):
+            firsts.append(seconds(f"first{number}", "trainer.iterations=1", path=path))
+            todays.append(seconds(f"today{number}", "trainer.iterations=6"))
+        ours = statistics.mean(todays) * ENOUGH_ITERATIONS
+        return ours / (statistics.mean(firsts) * FIRST_ITERATIONS)
+
+    return [
+        Ratio(
+            name="training until as good as the first version / its default run",
+            ours=None,
+            theirs=None,
+            value=measured,
+            must=0.6,
+            aim=0.4,
+            own_load=True,
+        )
+    ]
+
+
 GROUPS: dict[str, Callable[[str | None], list[Ratio]]] = {
     "loss": loss_rows,
     "sampling": sampling_rows,
@@ -640,6 +702,7 @@ GROUPS: dict[str, Callable[[str | None], list[Ratio]]] = {
     "scoring": scoring_rows,
     "overlap": overlap_rows,
     "service": service_rows,
+    "history": history_rows,
 }
 
 
