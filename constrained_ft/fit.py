@@ -389,12 +389,12 @@ def measure(
 def area_under_curve(scores_N: Float[Tensor, " N"], labels_N: Float[Tensor, " N"]) -> float | None:
     """Area under the ROC curve, ties counted half; None when only one class is present."""
     positive_N = labels_N >= 0.5
-    positives, negatives = int(positive_N.sum()), int((~positive_N).sum())
-    if positives == 0 or negatives == 0:
+    scores_P, others_M = scores_N[positive_N].contiguous(), scores_N[~positive_N].sort().values
+    if len(scores_P) == 0 or len(others_M) == 0:
         return None
-    above = scores_N[positive_N][:, None] > scores_N[~positive_N][None, :]
-    equal = scores_N[positive_N][:, None] == scores_N[~positive_N][None, :]
-    return float((above.double() + 0.5 * equal.double()).mean())
+    below_P = torch.searchsorted(others_M, scores_P)
+    not_above_P = torch.searchsorted(others_M, scores_P, right=True)
+    return float((below_P + not_above_P).double().mean() / (2 * len(others_M)))
 
 
 def calibration_error(probs_N: Float[Tensor, " N"], labels_N: Float[Tensor, " N"]) -> float:

@@ -9,7 +9,7 @@ length, each in a row of its own, have a third.
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from operator import itemgetter
@@ -87,18 +87,19 @@ def pack(trees: Sequence[Tree], capacity: int, pad: int, *, apart: bool = False)
     same_BLL = tree_BL[:, None, :] == tree_BL[:, :, None]
     own_BLL = branch_BL[:, None, :] == branch_BL[:, :, None]
     mask_BLL = earlier_BLL & same_BLL & (own_BLL | (branch_BL == _STEM)[:, None, :])
-    stems: dict[int, Tensor] = {}
-    paths: dict[int, Tensor] = {}
+    stems: dict[int, list[int]] = {}
+    paths: dict[int, list[int]] = {}
     for index, row in enumerate(rows):
-        stems |= {key: slots + index * length for key, slots in row.stems.items()}
-        paths |= {key: slots + index * length for key, slots in row.paths.items()}
+        first = index * length
+        stems |= {key: [first + slot for slot in slots] for key, slots in row.stems.items()}
+        paths |= {key: [first + slot for slot in slots] for key, slots in row.paths.items()}
     return Packed(
         ids_BL=_table([row.ids for row in rows], length, pad),
         position_BL=position_BL,
         mask_B1LL=mask_BLL[:, None],
         lengths_B=torch.tensor([len(row.ids) for row in rows]),
-        stems=tuple(stems[key] for key in sorted(stems)),
-        paths=tuple(paths[key] for key in sorted(paths)),
+        stems=_by_key(stems),
+        paths=_by_key(paths),
     )
 
 
@@ -159,8 +160,8 @@ class _Row:
         self.positions: list[int] = []
         self.trees: list[int] = []
         self.branches: list[int] = []
-        self.stems: dict[int, Tensor] = {}
-        self.paths: dict[int, Tensor] = {}
+        self.stems: dict[int, range] = {}
+        self.paths: dict[int, list[int]] = {}
 
     def add(self, piece: _Piece) -> None:
         """Put a piece behind the others."""
@@ -168,15 +169,22 @@ class _Row:
         self.stems[piece.tree] = stem
         for key, ids in piece.branches.items():
             own = self._append(ids, piece.tree, key, len(piece.stem))
-            self.paths[key] = torch.cat([stem[-1:], own])
+            self.paths[key] = [*stem[-1:], *own]
 
-    def _append(self, ids: Sequence[int], tree: int, branch: int, position: int) -> Tensor:
+    def _append(self, ids: Sequence[int], tree: int, branch: int, position: int) -> range:
         start = len(self.ids)
         self.ids += ids
         self.positions += range(position, position + len(ids))
         self.trees += [tree] * len(ids)
         self.branches += [branch] * len(ids)
-        return torch.arange(start, len(self.ids))
+        return range(start, len(self.ids))
+
+
+def _by_key(slots: Mapping[int, Sequence[int]]) -> tuple[Int[Tensor, "..."], ...]:
+    """One tensor for each, in the order of the keys: parts of one, which is quick to make."""
+    chosen = [slots[key] for key in sorted(slots)]
+    whole = torch.tensor([slot for one in chosen for slot in one], dtype=torch.long)
+    return whole.split([len(one) for one in chosen]) if chosen else ()
 
 
 def _table(rows: Sequence[list[int]], length: int, fill: int) -> Int[Tensor, "B L"]:
