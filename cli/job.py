@@ -14,6 +14,7 @@ from rich.text import Text
 
 from constrained_ft.cli.launch import Request
 from constrained_ft.cli.settings import Settings
+from constrained_ft.machine import usable_cores
 from constrained_ft.overrides import assignment
 from constrained_ft.sweep_folder import SweepFolder
 
@@ -81,7 +82,7 @@ class Runner:
 
 def _threads(at_once: int) -> dict[str, str]:
     """Of several jobs on one machine, each takes its part of the cores."""
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     # joblib: -1 is one job for each core, -2 one less, and so on.
     jobs = at_once if at_once > 0 else cores + 1 + at_once
     return {"OMP_NUM_THREADS": str(max(1, cores // max(1, jobs)))}

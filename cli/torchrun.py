@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from constrained_ft.cli.settings import settings
 from constrained_ft.cli.worker import Orders, RankRecord, attempt_folder, records
 from constrained_ft.errors import CftError, ConfigError, Interrupted, PeerError
+from constrained_ft.machine import usable_cores
 
 if TYPE_CHECKING:
     from constrained_ft.config import Config
@@ -131,7 +132,7 @@ def run_torchrun(
         debug=settings.debug,
     )
     # Of several processes on one machine, each takes its part of the cores.
-    threads = str(max(1, (os.cpu_count() or 1) // processes.per_node))
+    threads = str(max(1, usable_cores() // processes.per_node))
     child = subprocess.Popen(
         processes.command(orders),
         env={"OMP_NUM_THREADS": threads} | dict(os.environ),

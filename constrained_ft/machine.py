@@ -5,6 +5,13 @@ import platform
 from pathlib import Path
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on: those that Slurm, a container or `taskset` allots."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def processor() -> str:
     """Name of the processor and its cores, as the system tells them."""
     name = platform.processor() or platform.machine()

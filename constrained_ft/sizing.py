@@ -16,7 +16,7 @@ from constrained_ft.config import Config, LLMConfig, LoraConfig
 from constrained_ft.cost import Layout, Number, Shape, Work
 from constrained_ft.distributed import default_device, wants_bf16
 from constrained_ft.errors import ConfigError, ModelError
-from constrained_ft.machine import processor
+from constrained_ft.machine import processor, usable_cores
 from constrained_ft.prediction import DEVICES, Device, Prediction, predict
 from constrained_ft.resources import model_at_hand, one_line
 
@@ -255,7 +255,7 @@ def this_device(per_node: int) -> Device:
     device = default_device()
     if device.type == "cpu":
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // per_node))
+            torch.set_num_threads(max(1, usable_cores() // per_node))
         found = ceilings(device, size=1024, megabytes=64)
         return cpu(found, per_node, REACHED, UNUSED)
     if device.type != "cuda":

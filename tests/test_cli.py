@@ -597,9 +597,19 @@ def test_jobs_of_another_launcher_are_counted_too(
 
 
 def test_several_jobs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(job_module, "usable_cores", lambda: 8)
     shares = {n: job_module._threads(n)["OMP_NUM_THREADS"] for n in (1, 2, 3, -1, -2, 20)}
     assert shares == {1: "8", 2: "4", 3: "2", -1: "1", -2: "1", 20: "1"}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system allots no cores")
+def test_cores_that_others_were_allotted_do_not_count() -> None:
+    code = (
+        "import os; from constrained_ft.machine import usable_cores\n"
+        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); print(usable_cores())"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "1\n"
 
 
 def test_a_dry_sweep_lists_its_jobs(cft: Cft, calls: dict[str, list[str]], tmp_path: Path) -> None:
