@@ -130,6 +130,7 @@ def test_an_estimate_changes_nothing(overrides: list[str], *, lora: bool) -> Non
     # What measuring the base model took counts where it is the most.
     more = estimate_memory(parts.llm, parts.prompts, config, evaluation=2**33)
     assert more is not None
+    held = min(held, held_memory(parts.llm.device) or held)  # the allocator may give some back
     assert held + 2**33 <= more < held + 2**34
     assert torch.equal(torch.get_rng_state(), random)
     assert not parts.llm.module.training
