@@ -472,7 +472,8 @@ def summary(config: "Config") -> dict[str, str]:
             for name, term in constraint.all_terms().items()
         ),
         "judges": ", ".join(one.scorer.kind for one in judges.values()) or "none",
-        "auxiliary": f"{config.auxiliary.kind}, rank {config.auxiliary.rank}",
+        "auxiliary": f"{config.auxiliary.kind}, rank {config.auxiliary.rank}"
+        + (", one for each term" if config.auxiliary.terms == "product" else ""),
         "schedule": f"{trainer.schedule}, {trainer.iterations} iterations x "
         f"{trainer.steps_per_iteration} = {steps:,} steps of {rows} rows",
         "pull": trainer.pull_words(trainer.kl_weight),

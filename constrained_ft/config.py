@@ -56,6 +56,10 @@ class AuxiliaryConfig(Section):
     kind: Literal["additive", "transformer", "head"]
     """additive: a prompt bias plus one evidence term per token. transformer: a small causal
     transformer over the LLM's hidden states. head: a low-rank head on each hidden state."""
+    terms: Literal["joint", "product"] = "joint"
+    """Of several constraints (`constraint.terms`). joint: one R, fitted to the product of their
+    labels, which is exact. product: one R for each, fitted to its own label, and guidance by their
+    product, which is exact where the terms are independent given the text so far."""
     rank: int = Field(gt=0)
     """Rank of the evidence for next tokens, tied to the LLM's token embeddings."""
     layers: int = Field(gt=0)
@@ -650,6 +654,21 @@ class Config(Section):
     evaluation: EvaluationConfig
     guard: GuardConfig
     tracker: TrackerConfig = TrackerConfig()
+
+    @property
+    def num_auxiliaries(self) -> int:
+        """How many R are multiplied: one, or one for each term."""
+        return len(self.constraint.terms) if self.auxiliary.terms == "product" else 1
+
+    @model_validator(mode="after")
+    def _product_needs_terms(self) -> "Config":
+        if self.auxiliary.terms == "product" and not self.constraint.terms:
+            raise ValueError(
+                "auxiliary.terms=product is one R for each of several constraints, and "
+                "constraint.terms names none; name some, as constraint=several does, or use "
+                "auxiliary.terms=joint"
+            )
+        return self
 
     @model_validator(mode="after")
     def _balanced_needs_hard_labels(self) -> "Config":

@@ -19,7 +19,6 @@ a fifth of the gradient is missing. The mean over the rows of the same step is i
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -83,8 +82,13 @@ def _chunk(
     """The divergence of some rows, and log p of what was said there."""
     with torch.no_grad():
         reference_MV = tilt.head(tilt.hidden_MD[rows]).float()
-        u_MV = F.linear(tilt.factors_MR[rows], tilt.tokens_VR, tilt.prior_V)
-        u_MV = (u_MV + tilt.offset_M[rows, None]).clamp(-tilt.limit, tilt.limit)
+        u_MV = equations.auxiliary_logits(
+            tilt.factors_MJR[rows],
+            tilt.offset_MJ[rows],
+            tilt.tokens_JVR,
+            tilt.prior_JV,
+            tilt.limit,
+        )
         floor = 0.0 if tilt.floor_M is None else tilt.floor_M[rows]
         target_MV = equations.target_logprobs(reference_MV, u_MV, floor)
     logits_MV = head(hidden_MD).float()

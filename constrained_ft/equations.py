@@ -20,6 +20,7 @@ these, and every function is tested against the enumeration of small language mo
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -154,6 +155,67 @@ def expected_satisfaction_logprobs(
     satisfied = torch.logsumexp(reference_logprobs + F.logsigmoid(auxiliary_logits), dim=-1)
     violated = torch.logsumexp(reference_logprobs + F.logsigmoid(-auxiliary_logits), dim=-1)
     return satisfied.clamp(max=0.0), violated.clamp(max=0.0)
+
+
+def auxiliary_logits(
+    factors: Float[Tensor, "*dims J R"],
+    offset: Float[Tensor, "*dims J"],
+    tokens_JVR: Float[Tensor, "J V R"],
+    prior_JV: Float[Tensor, "J V"],
+    limit: Number,
+) -> Float[Tensor, "*dims V"]:
+    """logit R(y_<i v) of every next token v, where R is a product of J.
+
+    u_j = offset_j + factors_j . tokens_j[v] + prior_j[v],  R = prod_j sigmoid(u_j)
+
+    Args:
+        factors: what the prefix makes of each token's evidence, of rank R.
+        offset: the logit that the prefix has reached by itself.
+        tokens_JVR: the vocabulary's side of the evidence.
+        prior_JV: the evidence of each token on its own.
+        limit: every u_j is cut at both sides.
+    """
+    logits = [
+        (F.linear(f, tokens_VR, prior_V) + o[..., None]).clamp(-limit, limit)
+        for f, o, tokens_VR, prior_V in zip(
+            factors.unbind(-2), offset.unbind(-1), tokens_JVR, prior_JV, strict=True
+        )
+    ]
+    return product_logits(logits)
+
+
+def product_logits(logits: Sequence[Float[Tensor, "*dims"]]) -> Float[Tensor, "*dims"]:
+    """The logit of a product of probabilities: L - log(1 - e^L),  L = sum_j log sigmoid(u_j).
+
+    It is P[all hold] for events that are independent given the prefix. Of any others, that
+    probability lies between the bounds of `frechet_bounds`.
+
+    Args:
+        logits: u_j of each factor; one alone is given back as it is. Beyond about 16, where
+            float32 knows 1 from nothing else, the result is infinite.
+    """
+    if len(logits) == 1:
+        return logits[0]
+    logprob = F.logsigmoid(logits[0])
+    for u in logits[1:]:
+        logprob = logprob + F.logsigmoid(u)
+    return logprob - torch.log(-torch.expm1(logprob))
+
+
+def frechet_bounds(
+    probs: Float[Tensor, "*dims J"],
+) -> tuple[Float[Tensor, "*dims"], Float[Tensor, "*dims"]]:
+    """(max(0, sum_j R_j - (J - 1)), min_j R_j), between which P[all hold] lies.
+
+    So does the expectation of a product of labels in [0, 1], R_j being that of each label.
+
+    Args:
+        probs: R_j.
+
+    Source: Fréchet 1935.
+    """
+    count = probs.shape[-1]
+    return (probs.sum(-1) - (count - 1)).clamp_min(0), probs.amin(-1)
 
 
 # A threshold below one

@@ -195,9 +195,9 @@ def explain_tokens(
 
     Evidence is a difference of logits of R. The additive auxiliary adds up exactly such terms, so
     there it is the token's own term, factors · tokens[v] + prior[v], also where R itself is cut at
-    its limit; R(x), before the first token, is its prompt bias. The other kinds have no R of an
-    empty completion: R(x) is Rbar(x), the expectation of R over the first token, and the evidence
-    is the difference of logit R after the token and before it.
+    its limit; R(x), before the first token, is its prompt bias. The other kinds, and the product of
+    several R, have no R of an empty completion: R(x) is Rbar(x), the expectation of R over the
+    first token, and the evidence is the difference of logit R after the token and before it.
 
     Args:
         llm: p, to which the auxiliary was fitted.
@@ -211,19 +211,19 @@ def explain_tokens(
     mask_T = torch.ones_like(ids_T, dtype=torch.bool)
     read = auxiliary.read_examples(hidden_TD[None], ids_T[None], mask_T[None])
     table = auxiliary.table
-    logits_T = table.logits_of(read.factors_NTR, read.offset_NT, ids_T[None])[0]
+    logits_T = table.logits_of(read.factors_NTJR, read.offset_NTJ, ids_T[None])[0]
     usable = len(llm.tokenizer)  # a head may be padded beyond the tokenizer
     choices: list[tuple[Choice, tuple[Choice, ...], tuple[Choice, ...]]] = []
-    root = read.offset_NT[0, 0]
+    root = read.offset_NTJ[0, 0, 0]
     for first in range(0, len(ids), _CHUNK):
         part = slice(first, first + _CHUNK)
         p_TV = llm.head(hidden_TD[part])[:, :usable]
-        u_TV = table.logits(read.factors_NTR[0, part], read.offset_NT[0, part])[:, :usable]
-        if first == 0 and auxiliary.kind != "additive":
+        u_TV = table.logits(read.factors_NTJR[0, part], read.offset_NTJ[0, part])[:, :usable]
+        if first == 0 and not auxiliary.adds_up:
             root = equations.log_odds(*equations.expected_satisfaction_logprobs(p_TV[0], u_TV[0]))
         choices += _choices(llm.tokenizer, p_TV, u_TV, ids_T[part], alternatives)
-    if auxiliary.kind == "additive":
-        evidence_T = table.evidence(read.factors_NTR, ids_T[None])[0]
+    if auxiliary.adds_up:
+        evidence_T = table.evidence(read.factors_NTJR, ids_T[None])[0, :, 0]
     else:
         evidence_T = logits_T - torch.cat([root[None], logits_T[:-1]])
     rows = zip(

@@ -110,10 +110,10 @@ def fit_auxiliary(  # noqa: PLR0913
     stop: StopRequest,
     world: World | None = None,
 ) -> dict[str, float]:
-    """Fit R in place, from where it stands.
+    """Fit one R in place, from where it stands.
 
     Args:
-        auxiliary: R.
+        auxiliary: R, or of a product the R of one term.
         head: the reference's output head, for the one-step expectation.
         labeled: the newest iteration first, then earlier ones.
         config: the `auxiliary` section.
@@ -141,10 +141,30 @@ def fit_auxiliary(  # noqa: PLR0913
     training, validation = Examples.joined(kept), Examples.joined(held_out)
     with seed_everything(seed_for(seed, "fit", newest.rollouts.iteration)):
         epochs = _descend(auxiliary, head, training, validation, config, display, stop, world)
-    _, held_out_rows = split_by_prompt(newest.unguided, config, seed)
-    unguided = Examples.of(newest.unguided, held_out_rows, steps, 1.0)
-    quality = measure(auxiliary.frozen(), head, unguided, seed=seed)
+    quality = quality_of(auxiliary.frozen(), head, labeled, config, seed)
     return quality | {"auxiliary/epochs": float(epochs), "auxiliary/examples": float(len(training))}
+
+
+def quality_of(
+    auxiliary: FrozenAuxiliary,
+    head: Head,
+    labeled: Sequence[LabeledRollouts],
+    config: AuxiliaryConfig,
+    seed: int,
+) -> dict[str, float]:
+    """How good R is on the held-out slice of the newest rollouts, those that it guided left out.
+
+    Args:
+        auxiliary: R.
+        head: the reference's output head.
+        labeled: as `fit_auxiliary` was given.
+        config: the `auxiliary` section.
+        seed: of the held-out slice.
+    """
+    newest = labeled[0].unguided
+    steps = max(part.rollouts.ids_NT.shape[1] for part in labeled)
+    _, rows = split_by_prompt(newest, config, seed)
+    return measure(auxiliary, head, Examples.of(newest, rows, steps, 1.0), seed=seed)
 
 
 def _descend(  # noqa: PLR0913
@@ -247,7 +267,7 @@ def _loss(
     else:
         table, ids_NT = auxiliary.table(), own.ids_NT
     evidence = auxiliary(table, own.hidden_NTD, ids_NT, own.mask_NT)
-    logits_NT = table.logits_of(evidence.factors_NTR, evidence.offset_NT, ids_NT)
+    logits_NT = table.logits_of(evidence.factors_NTJR, evidence.offset_NTJ, ids_NT)
     weights_NT = own.labeled_NT * own.weights_N[:, None]
     whole_weight = (batch.labeled_NT * batch.weights_N[:, None]).sum()
     # The shift of balanced batches enters the loss only, so R itself stays calibrated.
@@ -299,7 +319,7 @@ def _expected(
     """log Rbar and log(1 - Rbar) at some rows and columns, without gradient."""
     return expected_satisfaction(
         table.guidance(
-            head, hidden_NTD[places], evidence.factors_NTR[places], evidence.offset_NT[places]
+            head, hidden_NTD[places], evidence.factors_NTJR[places], evidence.offset_NTJ[places]
         )
     )
 
@@ -349,7 +369,9 @@ def measure(
         classes and is left out otherwise.
     """
     evidence = auxiliary.read_examples(examples.hidden_NTD, examples.ids_NT, examples.mask_NT)
-    logits_NT = auxiliary.table.logits_of(evidence.factors_NTR, evidence.offset_NT, examples.ids_NT)
+    logits_NT = auxiliary.table.logits_of(
+        evidence.factors_NTJR, evidence.offset_NTJ, examples.ids_NT
+    )
     probs_NT = logits_NT.sigmoid()
     lengths_N = examples.mask_NT.sum(-1)
     rows_N = torch.arange(len(examples), device=lengths_N.device)

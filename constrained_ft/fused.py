@@ -1,13 +1,15 @@
 """The LLM update's loss from hidden states, in one exact pass: logits never exist all together.
 
-Shape suffixes:  M rows (prefixes and corpus positions), D hidden width, V vocabulary, R rank.
+Shape suffixes:  M rows (prefixes and corpus positions), D hidden width, V vocabulary, R rank,
+J R's that are multiplied.
 
     row loss = kl_weight * KL(q || p_theta) + ce_weight * (-log p_theta(next))
-    q  ∝  p_ref (floor + (1 - floor) R),   R = sigmoid(offset + factors . tokens + prior)
+    q  ∝  p_ref (floor + (1 - floor) R)
+    R  =  prod_j sigmoid(offset_j + factors_j . tokens_j + prior_j)
 
 `equations.target_logprobs` and `equations.kl_to_target` are the definition; here the same numbers
 are computed with four products with the vocabulary (LLM, reference, R, gradient) and three buffers
-of a few hundred rows. The gradient to a row's logits,
+of a few hundred rows; each further R takes one more of both. The gradient to a row's logits,
 
     (kl_weight + ce_weight) p_theta - kl_weight q - ce_weight 1[next],
 
@@ -83,12 +85,12 @@ class Guidance:
 
     hidden_MD: Float[Tensor, "M D"]
     head: Head
-    factors_MR: Float[Tensor, "M R"]
-    offset_M: Float[Tensor, " M"]
-    tokens_VR: Float[Tensor, "V R"]
-    prior_V: Float[Tensor, " V"]
+    factors_MJR: Float[Tensor, "M J R"]
+    offset_MJ: Float[Tensor, "M J"]
+    tokens_JVR: Float[Tensor, "J V R"]
+    prior_JV: Float[Tensor, "J V"]
     limit: float
-    """Logits of R are cut here."""
+    """Logits of each R are cut here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,25 +166,30 @@ def expected_satisfaction(
     """
     hidden_MD, size = guidance.hidden_MD, len(guidance.head.weight_VD)
     rows = _chunk_rows(hidden_MD, guidance.head, chunk_rows)
-    logits, evidence = (hidden_MD.new_empty(rows, size, dtype=_wide(hidden_MD)) for _ in range(2))
+    logits = hidden_MD.new_empty(rows, size, dtype=_wide(hidden_MD))
+    evidence = logits.new_empty(len(guidance.prior_JV), rows, size)
     found = hidden_MD.new_empty(2, len(hidden_MD), dtype=_wide(hidden_MD))
     for start in range(0, len(hidden_MD), rows):
         chunk = slice(start, start + rows)
         t_CV = _product(hidden_MD[chunk], guidance.head, logits)
-        u_CV = _evidence(guidance, chunk, evidence)
+        u_JCV = _evidence(guidance, chunk, evidence)
         for block in _blocks(t_CV):
             part = slice(start + block.start, start + block.stop)
-            found[:, part] = _expectations(t_CV[block], u_CV[block], guidance, part)
+            found[:, part] = _expectations(t_CV[block], u_JCV[:, block], guidance, part)
     return found[0], found[1]
 
 
-def _expectations(t: Tensor, u: Tensor, guidance: Guidance, rows: slice) -> Tensor:
+def _expectations(t: Tensor, us: Tensor, guidance: Guidance, rows: slice) -> Tensor:
     """log Rbar and log(1 - Rbar) from logits of the reference and evidence of R; uses both up."""
-    u += guidance.offset_M[rows, None]
-    u.clamp_(-guidance.limit, guidance.limit)
     before_B = _logsumexp(t)
-    satisfied_B = _logsumexp(t + F.logsigmoid(u))
-    t -= F.softplus(u)  # -log(1 - R)
+    if len(us) == 1:
+        u = _cut(us[0], guidance, rows, 0)
+        satisfied_B = _logsumexp(t + F.logsigmoid(u))
+        t -= F.softplus(u)  # -log(1 - R)
+    else:
+        u = _minus_log_satisfaction(us, guidance, rows)
+        satisfied_B = _logsumexp(t - u)
+        t += u.neg_().expm1_().neg_().log_()  # log(1 - R)
     return (torch.stack([satisfied_B, _logsumexp(t)]) - before_B).clamp_(max=0.0)
 
 
@@ -262,7 +269,9 @@ class _Work:
         self.kl_M = result() if call.tilt else None
         self.log_satisfaction_M = result() if call.tilt else None
         self.target = buffer() if call.tilt else None
-        self.evidence = buffer() if call.tilt else None
+        self.evidence = (
+            self.logits.new_empty(len(call.tilt.prior_JV), rows, size) if call.tilt else None
+        )
         self.gradient_MD = hidden_MD.new_empty(hidden_MD.shape, dtype=_wide(hidden_MD))
         self.gradient_VD = torch.zeros_like(head.weight_VD) if trains_head else None
         self.gradient_V = (
@@ -276,7 +285,7 @@ class _Work:
         """Losses and gradients of some rows."""
         call, hidden_CD = self.call, self.hidden_MD[chunk]
         logits_CV = _product(hidden_CD, call.head, self.logits)
-        target_CV = evidence_CV = logits_CV
+        target_CV, evidence_JCV = logits_CV, logits_CV[None]
         if call.tilt is not None:
             assert self.target is not None
             assert self.evidence is not None
@@ -284,10 +293,10 @@ class _Work:
                 target_CV = self.target[: len(hidden_CD)].copy_(logits_CV)
             else:
                 target_CV = _product(call.tilt.hidden_MD[chunk], call.tilt.head, self.target)
-            evidence_CV = _evidence(call.tilt, chunk, self.evidence)
+            evidence_JCV = _evidence(call.tilt, chunk, self.evidence)
         for block in _blocks(logits_CV):
             rows = slice(chunk.start + block.start, chunk.start + block.stop)
-            self._block(rows, logits_CV[block], target_CV[block], evidence_CV[block])
+            self._block(rows, logits_CV[block], target_CV[block], evidence_JCV[:, block])
         if self.wants_gradient:
             with call.head.fast_products():
                 torch.mm(logits_CV, call.head.weight_VD, out=self.gradient_MD[chunk])
@@ -296,8 +305,9 @@ class _Work:
         if self.gradient_V is not None:
             self.gradient_V += logits_CV.sum(0)
 
-    def _block(self, rows: slice, z: Tensor, t: Tensor, u: Tensor) -> None:
-        """Turn logits `z` of the LLM into the gradient, in place; `t`, `u`: reference and R."""
+    def _block(self, rows: slice, z: Tensor, t: Tensor, us: Tensor) -> None:
+        """Turn logits `z` of the LLM into the gradient, in place; `t`, `us`: reference and R."""
+        u = us[0]
         tilt, labels = self.call.tilt, self.call.labels
         torch.log_softmax(z, -1, out=z)
         weight_B1 = z.new_zeros(len(z), 1)
@@ -308,7 +318,7 @@ class _Work:
         if tilt is not None:
             assert self.kl_M is not None
             assert self.log_satisfaction_M is not None
-            self.log_satisfaction_M[rows] = _tilt(t, u, tilt, rows)
+            self.log_satisfaction_M[rows] = _tilt(t, us, tilt, rows)
             torch.exp(t, out=u)  # q
             t -= z
             t *= u
@@ -337,11 +347,9 @@ class _Work:
         return total
 
 
-def _tilt(t: Tensor, u: Tensor, tilt: Tilt, rows: slice) -> Tensor:
-    """Turn logits `t` of the reference into log q, in place; returns log Rbar. Uses `u` up."""
-    u += tilt.offset_M[rows, None]
-    u.clamp_(-tilt.limit, tilt.limit).neg_()
-    F.softplus(u, out=u)  # type: ignore[call-arg]  # -log R
+def _tilt(t: Tensor, us: Tensor, tilt: Tilt, rows: slice) -> Tensor:
+    """Turn logits `t` of the reference into log q, in place; returns log Rbar. Uses `us` up."""
+    u = _minus_log_satisfaction(us, tilt, rows)
     if tilt.floor_M is not None:
         floor_B1 = tilt.floor_M[rows, None]
         torch.logaddexp(floor_B1.log(), torch.log1p(-floor_B1) - u, out=u)
@@ -351,6 +359,22 @@ def _tilt(t: Tensor, u: Tensor, tilt: Tilt, rows: slice) -> Tensor:
     after_B = _logsumexp(t)
     t -= after_B[:, None]
     return (after_B - before_B).clamp_(max=0.0)
+
+
+def _minus_log_satisfaction(us: Tensor, guidance: Guidance, rows: slice) -> Tensor:
+    """-log R from the evidence of each R, in the place of the first."""
+    for j, u in enumerate(us):
+        _cut(u, guidance, rows, j).neg_()
+        F.softplus(u, out=u)  # type: ignore[call-arg]
+        if j > 0:
+            us[0] += u
+    return us[0]
+
+
+def _cut(u: Tensor, guidance: Guidance, rows: slice, j: int) -> Tensor:
+    """The logit of one R from its evidence, in place."""
+    u += guidance.offset_MJ[rows, j, None]
+    return u.clamp_(-guidance.limit, guidance.limit)
 
 
 def _logsumexp(values: Tensor) -> Tensor:
@@ -370,11 +394,13 @@ def _product(hidden_CD: Tensor, head: Head, buffer: Tensor) -> Tensor:
 
 
 def _evidence(guidance: Guidance, chunk: slice, buffer: Tensor) -> Tensor:
-    """What R says of every next token but for the offset of the row."""
-    factors_CR = guidance.factors_MR[chunk]
-    evidence_CV = buffer[: len(factors_CR)]
-    torch.addmm(guidance.prior_V, factors_CR, guidance.tokens_VR.T, out=evidence_CV)
-    return evidence_CV
+    """What each R says of every next token but for the offset of the row."""
+    factors_CJR = guidance.factors_MJR[chunk]
+    evidence_JCV = buffer[:, : len(factors_CJR)]
+    for j, evidence_CV in enumerate(evidence_JCV):
+        factors_CR, tokens_VR = factors_CJR[:, j], guidance.tokens_JVR[j]
+        torch.addmm(guidance.prior_JV[j], factors_CR, tokens_VR.T, out=evidence_CV)
+    return evidence_JCV
 
 
 def _wide(hidden: Tensor) -> torch.dtype:

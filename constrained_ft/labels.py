@@ -7,7 +7,8 @@ Shape suffixes:  N completions, J terms.
     tilt              exp(-beta (1 - score))
     hard, annealed    1 where the score is among the best of the iteration, until enough reach it
     several terms     the product of their labels, each to the power of its weight: the label of the
-                      conjunction, so one R fitted to it is exact
+                      conjunction, so one R fitted to it is exact; with `auxiliary.terms=product`
+                      each term's R is fitted to its own factor
 
 A term that asks for a mean, the share `threshold` of completions or the score `target_mean`, is the
 tilt of the closest distribution with that mean (an exponential family). Its beta is solved in every
@@ -50,7 +51,10 @@ class Verdict:
     """What a constraint says of some completions."""
 
     satisfied_NJ: Bool[Tensor, "N J"]
+    labels_NJ: Float[Tensor, "N J"]
+    """Of each term, to the power of its weight."""
     labels_N: Float[Tensor, " N"]
+    """Their product."""
     settled: Settled
     effective: float
     """Completions that carry the labels: (sum of labels)^2 / sum of squares."""
@@ -79,13 +83,14 @@ def verdict(
         else settled.bars
     )
     means = [_mean_asked(term, constraint) for term in terms]
-    fixed_N = torch.ones_like(scores_NJ[:, 0])
+    labels_NJ, fixed_N = torch.ones_like(scores_NJ), torch.ones_like(scores_NJ[:, 0])
     statistics_NJ = scores_NJ.clone()
     for j, (term, mean) in enumerate(zip(terms, means, strict=True)):
         if term.labels == "hard":
             statistics_NJ[:, j] = (scores_NJ[:, j] >= bars[j]).float()
         if mean is None:
-            fixed_N = fixed_N * _fixed_label(statistics_NJ[:, j], term).pow(term.weight)
+            labels_NJ[:, j] = _fixed_label(statistics_NJ[:, j], term).pow(term.weight)
+            fixed_N = fixed_N * labels_NJ[:, j]
     if settled is None:
         betas = solve_tilts(statistics_NJ, fixed_N, means)
         if before is not None:
@@ -95,9 +100,11 @@ def verdict(
     labels_N = fixed_N
     for j, beta in enumerate(betas):
         if beta is not None:
-            labels_N = labels_N * equations.tilt_labels(statistics_NJ[:, j], beta)
+            labels_NJ[:, j] = equations.tilt_labels(statistics_NJ[:, j], beta)
+            labels_N = labels_N * labels_NJ[:, j]
     return Verdict(
         satisfied_NJ=satisfied_NJ,
+        labels_NJ=labels_NJ,
         labels_N=labels_N,
         settled=Settled(betas=betas, bars=bars),
         effective=_effective(labels_N),

@@ -51,7 +51,7 @@ class AuxiliaryLogitsProcessor(LogitsProcessor):
         head = model.get_output_embeddings()  # type: ignore[operator]  # PEFT forwards it
         weight = head.weight
         auxiliary = FrozenAuxiliary.load(_auxiliary_in(Path(folder)), weight.device)
-        tokens = len(auxiliary.table.tokens_VR)
+        tokens = auxiliary.vocabulary
         if (tokens, auxiliary.hidden_size) != tuple(weight.shape):
             raise ModelError(
                 f"the auxiliary in {folder} is for a model of {tokens:,} tokens and hidden size "

@@ -16,7 +16,7 @@ from constrained_ft.packing import Tree
 from constrained_ft.prompts import Prompts
 from constrained_ft.randomness import seed_everything
 
-_BUFFERS = 3  # float32 tensors of [chunk rows, vocabulary] in one loss
+_BUFFERS = 2  # float32 tensors of [chunk rows, vocabulary] in one loss, beside those of R
 _SAMPLING_BUFFERS = 4  # the same of [rows, vocabulary] when a token is drawn
 _TREES, _TREE_TOKENS = 8, 32  # of the pass whose activations are counted
 _USABLE = 0.8  # of the spare memory: estimates err
@@ -86,13 +86,14 @@ def _rehearse_update(llm: LLM, prompts: Prompts, config: Config) -> None:
         next_S = torch.zeros(len(states_SD), dtype=torch.long, device=llm.device)
         ones_S = torch.ones(len(states_SD), device=llm.device)
         size, rank = len(llm.head.weight_VD), config.auxiliary.rank
+        count = config.num_auxiliaries
         tilt = Tilt(
             hidden_MD=states_SD.detach().clone(),
             head=llm.head.frozen(),
-            factors_MR=ones_S[:, None].expand(-1, rank),
-            offset_M=ones_S,
-            tokens_VR=ones_S.new_zeros(size, rank),
-            prior_V=ones_S.new_zeros(size),
+            factors_MJR=ones_S[:, None, None].expand(-1, count, rank),
+            offset_MJ=ones_S[:, None].expand(-1, count),
+            tokens_JVR=ones_S.new_zeros(count, size, rank),
+            prior_JV=ones_S.new_zeros(count, size),
             limit=1.0,
             floor_M=None,
             weights_M=ones_S,
@@ -138,7 +139,8 @@ def _update_bytes(llm: LLM, prompts: Prompts, config: Config) -> int:
         # The inputs of every layer, and one layer's activations at a time.
         layers = text.num_hidden_layers
         token_bytes = token_bytes / layers + layers * text.hidden_size * _state_bytes(llm)
-    return int(tokens * token_bytes) + 4 * _BUFFERS * chunk_rows_for(size, llm.device) * size
+    buffers = _BUFFERS + config.num_auxiliaries
+    return int(tokens * token_bytes) + 4 * buffers * chunk_rows_for(size, llm.device) * size
 
 
 def _sampling_bytes(llm: LLM, config: Config) -> int:

@@ -54,9 +54,24 @@ METRICS: dict[str, tuple[str, str]] = {
     "term/<name>/beta": ("tilt that the mean or rate asked of this term takes", "1"),
     "term/<name>/bar": ("score from which this term's label is 1", "0 to 1"),
     "term/<name>/auc": ("ROC area of this term's own head half-way, held-out prompts", "0 to 1"),
-    "terms/product_gap": (
-        "mean |R - product of the terms' heads| half-way: how far the terms are from independent",
+    "term/<name>/log_loss": (
+        "binary cross-entropy of this term's own R at every prefix, held-out prompts; "
+        "auxiliary.terms=product",
+        "nats",
+    ),
+    "term/<name>/calibration_error": (
+        "expected calibration error of this term's own R, 10 bins; auxiliary.terms=product",
         "0 to 1",
+    ),
+    "terms/product_gap": (
+        "mean |R - product of the terms' heads| half-way: how far the terms are from independent; "
+        "with auxiliary.terms=product |rate seen at such R - product of the terms' R|",
+        "0 to 1",
+    ),
+    "terms/product_bias": (
+        "mean product of the terms' R half-way - mean label of all terms, held-out prompts; "
+        "auxiliary.terms=product",
+        "-1 to 1",
     ),
     "terms/joint_auc": (
         "ROC area of one head for all terms together, half-way, held-out prompts",
@@ -64,7 +79,8 @@ METRICS: dict[str, tuple[str, str]] = {
     ),
     "terms/product_auc": ("the same of the product of the terms' heads", "0 to 1"),
     "terms/outside_bounds": (
-        "share of prefixes where R leaves the Fréchet bounds of the terms' heads by over 0.02",
+        "share of prefixes where R leaves the Fréchet bounds of the terms' heads by over 0.02; "
+        "with auxiliary.terms=product where the rate seen at such R leaves those of the terms' R",
         "share",
     ),
     "judge/<name>/satisfaction": (

@@ -66,7 +66,7 @@ def prompt_satisfaction(
         ids_S1 = torch.zeros(len(some), 1, dtype=torch.long, device=reference.device)
         evidence = auxiliary.read_examples(hidden_SD[:, None], ids_S1, torch.ones_like(ids_S1) > 0)
         guidance = auxiliary.table.guidance(
-            reference.head, hidden_SD, evidence.factors_NTR[:, 0], evidence.offset_NT[:, 0]
+            reference.head, hidden_SD, evidence.factors_NTJR[:, 0], evidence.offset_NTJ[:, 0]
         )
         found.append(expected_satisfaction(guidance)[0])
     return torch.cat(found)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from constrained_ft.auxiliary import Auxiliary, vocabulary_prior
+from constrained_ft.auxiliary import Auxiliary, ProductAuxiliary, vocabulary_prior
 from constrained_ft.config import Config, GuardConfig
 from constrained_ft.corpus import Corpus, load_corpus, prompt_and_text
 from constrained_ft.detection import Questions, load_questions
@@ -37,7 +37,7 @@ class Parts:
     """The moving parts of a run."""
 
     llm: LLM
-    auxiliary: Auxiliary
+    auxiliary: Auxiliary | ProductAuxiliary
     optimization: Optimization
     scorers: tuple[Scorer, ...]
     """One for each term of the constraint, in their order."""
@@ -236,30 +236,38 @@ def build_auxiliary(
     tokenizer: PreTrainedTokenizerBase,
     scorers: Sequence[Scorer],
     world: World | None = None,
-) -> Auxiliary:
+) -> Auxiliary | ProductAuxiliary:
     """R before the first sample: the vocabulary prior, or nothing."""
     embeddings = llm.module.get_input_embeddings().weight
     assert isinstance(embeddings, torch.Tensor)
     embeddings_VD = embeddings.detach()
-    prior_V = torch.zeros(len(embeddings_VD), device=llm.device)
     asked = _scorers_of_prior(config, scorers)
-    if asked:
-        texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-        nothing, *scores = _scores_of_texts(["", *texts], asked, world or World.alone())
-        prior_V[: len(texts)] = vocabulary_prior(torch.tensor(scores), nothing)
-    seed = seed_for(config.seed, "auxiliary")
-    auxiliary = Auxiliary(config.auxiliary, embeddings_VD, prior_V, seed=seed)
-    return auxiliary.to(llm.device)
 
+    def one(scorers: Sequence[Scorer], *key: str) -> Auxiliary:
+        prior_V = torch.zeros(len(embeddings_VD), device=llm.device)
+        if scorers:
+            texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+            nothing, *scores = _scores_of_texts(["", *texts], scorers, world or World.alone())
+            prior_V[: len(texts)] = vocabulary_prior(torch.tensor(scores), nothing)
+        seed = seed_for(config.seed, "auxiliary", *key)
+        return Auxiliary(config.auxiliary, embeddings_VD, prior_V, seed=seed)
 
-def _scorers_of_prior(config: Config, scorers: Sequence[Scorer]) -> list[Scorer]:
-    """Those that are asked about every token of the vocabulary."""
-    terms, wanted = config.constraint.all_terms().values(), config.auxiliary.vocabulary_prior
-    return [
-        scorer
-        for scorer, term in zip(scorers, terms, strict=True)
-        if wanted is True or (wanted == "auto" and is_quick(term.scorer))
+    if config.auxiliary.terms == "joint":
+        return one(list(asked.values())).to(llm.device)
+    each = [
+        one([asked[name]] if name in asked else [], name) for name in config.constraint.all_terms()
     ]
+    return ProductAuxiliary(each).to(llm.device)
+
+
+def _scorers_of_prior(config: Config, scorers: Sequence[Scorer]) -> dict[str, Scorer]:
+    """Those that are asked about every token of the vocabulary, by their terms' names."""
+    terms, wanted = config.constraint.all_terms(), config.auxiliary.vocabulary_prior
+    return {
+        name: scorer
+        for scorer, (name, term) in zip(scorers, terms.items(), strict=True)
+        if wanted is True or (wanted == "auto" and is_quick(term.scorer))
+    }
 
 
 def _scores_of_texts(texts: Sequence[str], scorers: Sequence[Scorer], world: World) -> list[float]:

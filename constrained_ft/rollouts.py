@@ -338,6 +338,12 @@ def with_labels_of(
     return replace(labeled, labels_N=said.labels_N, settled=said.settled, effective=said.effective)
 
 
+def by_term(labeled: LabeledRollouts, constraint: ConstraintConfig) -> tuple[LabeledRollouts, ...]:
+    """The same rollouts once for each term, with the label of that term alone."""
+    said = verdict(labeled.scores_NJ, constraint, labeled.settled)
+    return tuple(replace(labeled, labels_N=labels_N) for labels_N in said.labels_NJ.unbind(-1))
+
+
 def _some_rows(rollouts: Rollouts, rows: Sequence[int]) -> Rollouts:
     """Some rows and their prompts."""
     some = rollouts.take(torch.tensor(rows, dtype=torch.long, device=rollouts.prompt_N.device))

@@ -320,7 +320,7 @@ def error_of_auxiliary(parts: Parts, every: Rollouts, labels_Y: Tensor) -> float
     auxiliary = parts.auxiliary.frozen()
     hidden_YTD = states_of(parts.llm.frozen(), every)
     evidence = auxiliary.read_examples(hidden_YTD, every.ids_NT, every.mask_NT)
-    logits_YT = auxiliary.table.logits_of(evidence.factors_NTR, evidence.offset_NT, every.ids_NT)
+    logits_YT = auxiliary.table.logits_of(evidence.factors_NTJR, evidence.offset_NTJ, every.ids_NT)
     weights_YT = probs_Y[:, None] * every.mask_NT
     errors_YT = (logits_YT.sigmoid() - exact_YT).abs()
     return float((errors_YT * weights_YT).sum() / weights_YT.sum())

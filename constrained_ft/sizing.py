@@ -200,6 +200,7 @@ def work_of(config: Config, lengths: Lengths, updaters: int) -> Work:
         "trainer.trl": trainer.trl is not None,
         "sampler=hf": config.sampler.kind == "hf",
         "auxiliary=transformer": fit.kind == "transformer",
+        "auxiliary.terms=product": fit.terms == "product",
         "auxiliary.td_lambda": fit.td_lambda < 1,
         "auxiliary.consistency_weight": fit.consistency_weight > 0,
         f"trainer.divergence={trainer.divergence}": trainer.divergence

@@ -1,7 +1,7 @@
 """Stage 1: learn the target q*, the closest distribution to the reference that satisfies C.
 
 Shape suffixes:  S prompts, N rollouts, T completion positions, M rows of (n, t), V vocabulary,
-R rank, D hidden width.
+R rank, J R's that are multiplied, D hidden width.
 
     q*(v | h)  ∝  p(v | h) (alpha(x) + (1 - alpha(x)) R(h v))        h = (x, y_<t)
 
@@ -10,7 +10,7 @@ states and head, and what R says. Fitting R for the next iteration cannot change
 runs when the LLM update asks for log q*.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +22,7 @@ from constrained_ft import equations
 from constrained_ft.auxiliary import LOGIT_LIMIT, Evidence, FrozenAuxiliary, TokenTable
 from constrained_ft.config import Config, ConstraintConfig, GuardConfig, TrainerConfig
 from constrained_ft.distributed import StopRequest, World, pack, unpack
-from constrained_ft.fit import fit_auxiliary
+from constrained_ft.fit import fit_auxiliary, quality_of
 from constrained_ft.fused import Head, Labels, Tilt, expected_satisfaction, fused_losses
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.mining import prompts_to_sample
@@ -33,6 +33,7 @@ from constrained_ft.roll_ins import RollIns
 from constrained_ft.rollouts import (
     LabeledRollouts,
     Rollouts,
+    by_term,
     completion_hidden_states,
     sample,
     with_labels_of,
@@ -73,8 +74,8 @@ class Target:
     rollouts: Rollouts
     """Their completions are the prefixes. Which LLM sampled them is in `rollouts.iteration`."""
     reference: Reference
-    factors_NTR: Float[Tensor, "N T R"]
-    offset_NT: Float[Tensor, "N T"]
+    factors_NTJR: Float[Tensor, "N T J R"]
+    offset_NTJ: Float[Tensor, "N T J"]
     table: TokenTable
     """What R says, as in `auxiliary.Evidence`."""
     floor_N: Float[Tensor, " N"]
@@ -105,10 +106,10 @@ class Target:
         return Tilt(
             hidden_MD=self.reference.hidden_NTD[rows_M, steps_M],
             head=self.reference.head,
-            factors_MR=self.factors_NTR[rows_M, steps_M],
-            offset_M=self.offset_NT[rows_M, steps_M],
-            tokens_VR=self.table.tokens_VR,
-            prior_V=self.table.prior_V,
+            factors_MJR=self.factors_NTJR[rows_M, steps_M],
+            offset_MJ=self.offset_NTJ[rows_M, steps_M],
+            tokens_JVR=self.table.tokens_JVR,
+            prior_JV=self.table.prior_JV,
             limit=LOGIT_LIMIT,
             # None spares a pass over the vocabulary.
             floor_M=self.floor_N[rows_M] if self.has_floor else None,
@@ -187,8 +188,8 @@ def fault_of_target(target: Target, guard: GuardConfig) -> str | None:
     """What is wrong with a target; the same on all ranks that learned it."""
     facts = target.facts
     # The limit on R's logits makes a number of an infinite one, which R would never leave again.
-    evidence = target.offset_NT, target.factors_NTR, target.table.prior_V, target.table.tokens_VR
-    numbers = facts.log_satisfied_S, facts.kl_N, *evidence
+    evidence = target.offset_NTJ, target.factors_NTJR, target.table.prior_JV
+    numbers = facts.log_satisfied_S, facts.kl_N, *evidence, target.table.tokens_JVR
     if not all(torch.isfinite(part).all() for part in numbers):
         return "R or the reference is not a number for some prompt or completion"
     if float(facts.log_satisfied_S.max()) > KL_TOLERANCE:
@@ -243,7 +244,8 @@ def learn_auxiliary(
     satisfaction = float(own.satisfied_N.float().mean())
     display.advance(len(rollouts.texts), satisfaction=satisfaction)
     if not parts.replay:
-        parts.auxiliary.start_at(float(own.labels_N.mean()))
+        for one, its in zip(parts.auxiliary.each, _of_each(own, config), strict=True):
+            one.start_at(float(its.labels_N.mean()))
     parts.replay = [with_labels_of(past, labeled, constraint) for past in parts.replay]
     parts.remember(labeled, config.auxiliary.replay_iterations)
     metrics = _fit(parts, config, reference.head, labeled, own)
@@ -281,23 +283,57 @@ def _fit(
     sound = [one for one in parts.replay if bool(one.rollouts.hidden_NTD.isfinite().all())]
     if not sound or sound[0] is not labeled:
         return {}
-    parts.display.phase("fitting the auxiliary", config.auxiliary.max_epochs)
+    each = parts.auxiliary.each
+    parts.display.phase("fitting the auxiliary", len(each) * config.auxiliary.max_epochs)
+    labels = [_of_each(past, config) for past in sound]
     with parts.phases.during("auxiliary") as spent:
-        metrics = fit_auxiliary(
-            parts.auxiliary,
-            head,
-            sound,
-            config.auxiliary,
-            seed=config.seed,
-            display=parts.display,
-            stop=parts.stop,
-            world=parts.world,
-        )
-        spent.tokens += sum(int(past.rollouts.mask_NT.sum()) for past in sound)
+        found = [
+            fit_auxiliary(
+                one,
+                head,
+                [its[j] for its in labels],
+                config.auxiliary,
+                seed=config.seed,
+                display=parts.display,
+                stop=parts.stop,
+                world=parts.world,
+            )
+            for j, one in enumerate(each)
+        ]
+        metrics = found[0]
+        if config.auxiliary.terms == "product":
+            quality = quality_of(
+                parts.auxiliary.frozen(), head, sound, config.auxiliary, config.seed
+            )
+            metrics = _product_metrics(found, config) | quality
+        spent.tokens += sum(int(past.rollouts.mask_NT.sum()) for past in sound) * len(each)
         if config.constraint.terms:
-            said = parts.auxiliary.frozen().satisfaction(own.rollouts)
+            said = parts.auxiliary.frozen().satisfaction_of_each(own.rollouts)
             metrics |= measure_terms(own, said, config)
     return metrics
+
+
+def _of_each(labeled: LabeledRollouts, config: Config) -> tuple[LabeledRollouts, ...]:
+    """Rollouts with the label of each R: that of all terms together, or of each term alone."""
+    if config.auxiliary.terms == "joint":
+        return (labeled,)
+    return by_term(labeled, config.constraint)
+
+
+def _product_metrics(found: Sequence[Mapping[str, float]], config: Config) -> dict[str, float]:
+    """How each term's R was fitted."""
+    names = ("log_loss", "calibration_error")
+    metrics = {
+        f"term/{term}/{name}": one[f"auxiliary/{name}"]
+        for term, one in zip(config.constraint.terms, found, strict=True)
+        for name in names
+    }
+    epochs = [one["auxiliary/epochs"] for one in found]
+    examples = found[0]["auxiliary/examples"]
+    return metrics | {
+        "auxiliary/epochs": sum(epochs) / len(epochs),
+        "auxiliary/examples": examples,
+    }
 
 
 def _term_metrics(labeled: LabeledRollouts, constraint: ConstraintConfig) -> dict[str, float]:
@@ -375,8 +411,8 @@ def build_target(
     whole = Target(
         rollouts=rollouts,
         reference=Reference(hidden_NTD=rollouts.hidden_NTD, head=head),
-        factors_NTR=evidence.factors_NTR,
-        offset_NT=evidence.offset_NT,
+        factors_NTJR=evidence.factors_NTJR,
+        offset_NTJ=evidence.offset_NTJ,
         table=auxiliary.table,
         floor_N=floor_N,
         has_floor=has_floor,
@@ -445,7 +481,7 @@ def _prefix_weights(
     if trainer.prefixes == "accepted":
         weights_N = equations.accepted_weights(labeled.labels_N, log_prompt_N.exp(), floor_N)
         return weights_N[:, None].expand_as(rollouts.mask_NT)
-    logits_NT = table.logits_of(evidence.factors_NTR, evidence.offset_NT, rollouts.ids_NT)
+    logits_NT = table.logits_of(evidence.factors_NTJR, evidence.offset_NTJ, rollouts.ids_NT)
     log_token_NT = equations.floored_logprob(F.logsigmoid(logits_NT), floor_N[:, None])
     floored_prompt_N = equations.floored_logprob(log_prompt_N, floor_N)
     return equations.prefix_logweights(log_token_NT, floored_prompt_N).exp()
@@ -479,8 +515,8 @@ def _some_rollouts(
         target,
         rollouts=target.rollouts.take(rows_M),
         reference=replace(target.reference, hidden_NTD=target.reference.hidden_NTD[rows_M]),
-        factors_NTR=target.factors_NTR[rows_M],
-        offset_NT=target.offset_NT[rows_M],
+        factors_NTJR=target.factors_NTJR[rows_M],
+        offset_NTJ=target.offset_NTJ[rows_M],
         floor_N=target.floor_N[rows_M],
         weights_NT=target.weights_NT[rows_M],
         share_N=(target.share_N / chance_N)[rows_M],
@@ -504,8 +540,8 @@ def _prompt_satisfaction(
         auxiliary.table.guidance(
             head,
             rollouts.hidden_NTD[own_S, 0],
-            evidence.factors_NTR[own_S, 0],
-            evidence.offset_NT[own_S, 0],
+            evidence.factors_NTJR[own_S, 0],
+            evidence.offset_NTJ[own_S, 0],
         )
     )
     whole = [torch.zeros(len(counts_S), device=first_S.device) for _ in found]

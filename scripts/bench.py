@@ -195,10 +195,10 @@ def loss_inputs(rows: int, size: int, width: int, rank: int) -> tuple[Tensor, He
     tilt = Tilt(
         hidden_MD=hidden.detach() + some(rows, width, scale=0.05),
         head=head,
-        factors_MR=some(rows, rank),
-        offset_M=some(rows) + 3,
-        tokens_VR=some(size, rank, scale=0.1),
-        prior_V=-some(size).abs(),
+        factors_MJR=some(rows, 1, rank),
+        offset_MJ=some(rows, 1) + 3,
+        tokens_JVR=some(1, size, rank, scale=0.1),
+        prior_JV=-some(1, size).abs(),
         limit=15.0,
         floor_M=None,
         weights_M=torch.rand(rows, generator=generator).to(DEVICE),
@@ -216,8 +216,8 @@ def dense(hidden: Tensor, head: Head, tilt: Tilt) -> None:
     """The same as the equations say it, by autograd."""
     hidden.grad = None
     with torch.no_grad():
-        evidence = torch.addmm(tilt.prior_V, tilt.factors_MR, tilt.tokens_VR.T)
-        evidence += tilt.offset_M[:, None]
+        evidence = torch.addmm(tilt.prior_JV[0], tilt.factors_MJR[:, 0], tilt.tokens_JVR[0].T)
+        evidence += tilt.offset_MJ
         log_q = equations.target_logprobs(head(tilt.hidden_MD), evidence.clamp(-15, 15))
     kl = equations.kl_to_target(log_q, head(hidden))
     (kl * tilt.weights_M).sum().backward()
@@ -235,7 +235,7 @@ def products(hidden: Tensor, head: Head, tilt: Tilt) -> None:
         z, t, u = (buffer[:count] for buffer in buffers)
         torch.mm(states[part], head.weight_VD.T, out=z)
         torch.mm(other[part], head.weight_VD.T, out=t)
-        torch.mm(tilt.factors_MR[part], tilt.tokens_VR.T, out=u)
+        torch.mm(tilt.factors_MJR[part, 0], tilt.tokens_JVR[0].T, out=u)
         torch.mm(z, head.weight_VD, out=gradient[part])
 
 

@@ -71,7 +71,7 @@ def main() -> None:
             evidence = frozen.read(held_out)
             rows = torch.tensor([pair.row for pair in siblings])
             logits = frozen.table.logits(
-                evidence.factors_NTR[rows, STEP], evidence.offset_NT[rows, STEP]
+                evidence.factors_NTJR[rows, STEP], evidence.offset_NTJ[rows, STEP]
             )
             tokens = torch.tensor([pair.tokens for pair in siblings])
             said = torch.nn.functional.logsigmoid(logits).gather(1, tokens)

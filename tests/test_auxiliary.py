@@ -126,7 +126,7 @@ def fit(auxiliary: Auxiliary, *labeled: LabeledRollouts) -> dict[str, float]:
 def logits_of(frozen: FrozenAuxiliary, labeled: LabeledRollouts) -> Tensor:
     evidence = frozen.read(labeled.rollouts)
     ids_NT = labeled.rollouts.ids_NT
-    return frozen.table.logits_of(evidence.factors_NTR, evidence.offset_NT, ids_NT)
+    return frozen.table.logits_of(evidence.factors_NTJR, evidence.offset_NTJ, ids_NT)
 
 
 def log_loss(frozen: FrozenAuxiliary, labeled: LabeledRollouts) -> float:
@@ -156,7 +156,7 @@ def test_evidence_is_causal(kind: str) -> None:
         ids_NT[:, place] = (ids_NT[:, place] + 1) % VOCABULARY
         hidden_NTD[:, place + 1 :] = hidden_NTD[:, place + 1 :].flip(-1)
         after = frozen.read_examples(hidden_NTD, ids_NT, rollouts.mask_NT)
-        for name in ("factors_NTR", "offset_NT"):
+        for name in ("factors_NTJR", "offset_NTJ"):
             old, new = getattr(before, name), getattr(after, name)
             # R of the token at `place` itself has not read it yet: it is what will be multiplied.
             assert torch.equal(old[:, : place + 1], new[:, : place + 1])
@@ -170,11 +170,11 @@ def test_the_guide_reads_what_the_target_reads(kind: str) -> None:
     evidence, guide = frozen.read(rollouts), frozen.guide()
     for t in range(STEPS):
         log_r = guide(rollouts.hidden_NTD[:, : t + 1], rollouts.ids_NT[:, :t])
-        u_NV = frozen.table.logits(evidence.factors_NTR[:, t], evidence.offset_NT[:, t])
+        u_NV = frozen.table.logits(evidence.factors_NTJR[:, t], evidence.offset_NTJ[:, t])
         expected = torch.nn.functional.logsigmoid(u_NV)
         torch.testing.assert_close(log_r, expected, atol=1e-4, rtol=1e-4)
         chosen = u_NV.gather(1, rollouts.ids_NT[:, t : t + 1])[:, 0]
-        here = frozen.table.logits_of(evidence.factors_NTR, evidence.offset_NT, rollouts.ids_NT)
+        here = frozen.table.logits_of(evidence.factors_NTJR, evidence.offset_NTJ, rollouts.ids_NT)
         torch.testing.assert_close(chosen, here[:, t])
 
 
@@ -188,7 +188,7 @@ def test_padding_does_not_matter(kind: str) -> None:
     mask_NT = rollouts.mask_NT.clone()
     mask_NT[:, 5:] = False
     padded = frozen.read_examples(rollouts.hidden_NTD, rollouts.ids_NT, mask_NT)
-    for name in ("factors_NTR", "offset_NT"):
+    for name in ("factors_NTJR", "offset_NTJ"):
         torch.testing.assert_close(getattr(padded, name)[:, :5], getattr(short, name))
 
 
@@ -197,8 +197,8 @@ def test_the_part_of_the_table_that_is_needed_is_the_table() -> None:
     ids_NT = rollouts_of(1, 2).rollouts.ids_NT
     part, place_NT = auxiliary.table_of(ids_NT)
     whole = auxiliary.table()
-    torch.testing.assert_close(part.tokens_VR[place_NT], whole.tokens_VR[ids_NT])
-    torch.testing.assert_close(part.prior_V[place_NT], whole.prior_V[ids_NT])
+    torch.testing.assert_close(part.tokens_JVR[:, place_NT], whole.tokens_JVR[:, ids_NT])
+    torch.testing.assert_close(part.prior_JV[:, place_NT], whole.prior_JV[:, ids_NT])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -212,7 +212,7 @@ def test_it_starts_at_the_base_rate(kind: str) -> None:
 def test_logits_stay_within_their_limit() -> None:
     frozen = auxiliary_of("additive", noise=30.0).frozen()
     evidence = frozen.read(rollouts_of(4, 2).rollouts)
-    u_NTV = frozen.table.logits(evidence.factors_NTR, evidence.offset_NT)
+    u_NTV = frozen.table.logits(evidence.factors_NTJR, evidence.offset_NTJ)
     assert float(u_NTV.abs().max()) == LOGIT_LIMIT
 
 
@@ -221,7 +221,7 @@ def test_the_scale_of_the_embeddings_does_not_matter() -> None:
     tables = [
         Auxiliary(config_of("additive"), scale * embeddings_VD, torch.zeros(VOCABULARY), seed=0)
         .table()
-        .tokens_VR
+        .tokens_JVR
         for scale in (1.0, 0.02)
     ]
     torch.testing.assert_close(tables[0], tables[1])
@@ -250,7 +250,7 @@ def test_the_prior_knows_a_token_that_was_never_sampled(kind: str) -> None:
     ids_NT = torch.tensor([[0, 1, BAD + 1, 5, 6, 7, 8, 9], [0, 1, 2, 5, 6, 7, 8, 9]])
     hidden_NTD = labeled.rollouts.hidden_NTD[:1].expand(2, -1, -1)
     evidence = frozen.read_examples(hidden_NTD, ids_NT, torch.ones_like(ids_NT, dtype=torch.bool))
-    r_NT = frozen.table.logits_of(evidence.factors_NTR, evidence.offset_NT, ids_NT).sigmoid()
+    r_NT = frozen.table.logits_of(evidence.factors_NTJR, evidence.offset_NTJ, ids_NT).sigmoid()
     assert (r_NT[0, 2:] < 0.1).all()  # from the unseen token on, and not before
     assert (r_NT[1, 2:] > 0.5).all()
     torch.testing.assert_close(r_NT[0, :2], r_NT[1, :2])
@@ -370,7 +370,7 @@ def test_td_targets_mix_the_label_with_what_r_expects() -> None:
         for t in reversed(range(length)):
             if t + 1 < length:
                 u_V = frozen.table.logits(
-                    evidence.factors_NTR[row, t + 1], evidence.offset_NT[row, t + 1]
+                    evidence.factors_NTJR[row, t + 1], evidence.offset_NTJ[row, t + 1]
                 )
                 wanted = 0.1 * u_V.sigmoid().mean() + 0.9 * wanted
             assert found[row, t].item() == pytest.approx(float(wanted), abs=1e-5)
@@ -394,7 +394,7 @@ def test_quality_is_measured_at_three_places_of_each_completion() -> None:
     frozen = auxiliary.frozen()
     measured = measure(frozen, UNIFORM, examples, seed=0)
     evidence = frozen.read_examples(examples.hidden_NTD, examples.ids_NT, mask_NT)
-    u_NT = frozen.table.logits_of(evidence.factors_NTR, evidence.offset_NT, examples.ids_NT)
+    u_NT = frozen.table.logits_of(evidence.factors_NTJR, evidence.offset_NTJ, examples.ids_NT)
     r, y = u_NT.sigmoid().numpy(), examples.labels_N.numpy()
     for name, place in [("first", 0 * rows), ("last", rows % STEPS)]:
         at = r[rows.numpy(), place.numpy()]
@@ -407,7 +407,7 @@ def test_quality_is_measured_at_three_places_of_each_completion() -> None:
     likelihood = np.where(y[:, None] > 0, r, 1 - r)[every]
     assert measured["auxiliary/log_loss"] == pytest.approx(-np.log(likelihood).mean(), abs=1e-4)
     # Under a uniform LLM the one-step expectation is a plain mean over the vocabulary.
-    u_NTV = frozen.table.logits(evidence.factors_NTR, evidence.offset_NT)
+    u_NTV = frozen.table.logits(evidence.factors_NTJR, evidence.offset_NTJ)
     mean_NT = u_NTV.sigmoid().mean(-1)[:, 1:]
     pairs = mask_NT[:, 1:]
     residual = (mean_NT.log() - u_NT.sigmoid().log()[:, :-1]).abs()[pairs].mean()

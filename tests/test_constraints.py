@@ -68,13 +68,14 @@ def test_a_run_under_two_constraints_reports_both(tmp_path: Path) -> None:
     assert [row[0].strip() for row in table if "of " in row[0]][:2] == ["of nontoxic", "of brief"]
 
 
-def foreseen(outside: float, *, dependent: bool = False) -> dict[str, float]:
+def foreseen(outside: float, *, dependent: bool = False, product: bool = False) -> dict[str, float]:
     """Of two independent terms that the hidden states show; R is off by `outside`.
 
     Dependent ones hold together or not at all, half of the time, where a state says so; else each
-    holds in three of five cases.
+    holds in three of five cases. Of a product the R of each knows this, and is off by `outside`.
     """
-    config = small_config(*TERMS, "constraint.terms.nontoxic.labels=hard")
+    terms = "auxiliary.terms=product" if product else "auxiliary.terms=joint"
+    config = small_config(*TERMS, "constraint.terms.nontoxic.labels=hard", terms)
     count, steps = 3200 if dependent else 800, 4
     hidden_NTD = torch.randn(count, steps, 8, generator=torch.Generator().manual_seed(0))
     held_NJ = hidden_NTD[:, steps // 2, :2] > -0.3
@@ -98,8 +99,13 @@ def foreseen(outside: float, *, dependent: bool = False) -> dict[str, float]:
     )
     scores_NJ = held_NJ.float()
     labeled = with_scores(rollouts, scores_NJ.T.tolist(), config.constraint)
-    joint_N = held_NJ.all(-1).float() * (1 - outside) + outside * (~held_NJ.all(-1)).float()
-    return measure_terms(labeled, joint_N[:, None].expand(count, steps), config)
+    said_NJ = held_NJ.all(-1, keepdim=True).float()
+    if product:
+        together_N = hidden_NTD[:, steps // 2, 0] > 0
+        said_NJ = torch.where(together_N, 0.5, 0.6)[:, None].expand(-1, 2) * (1 - outside)
+    else:
+        said_NJ = said_NJ * (1 - outside) + outside * (1 - said_NJ)
+    return measure_terms(labeled, said_NJ[:, None].expand(-1, steps, -1), config)
 
 
 def test_the_heads_of_the_terms_foresee_them_and_bound_r() -> None:
@@ -114,6 +120,17 @@ def test_the_heads_of_the_terms_foresee_them_and_bound_r() -> None:
     # 0.36 < 0.5 is how often both hold, and 0.36 > 0.25 is what the product says.
     dependent = foreseen(0.0, dependent=True)
     assert dependent["terms/product_auc"] < 0.5 < dependent["terms/joint_auc"]
+
+
+def test_the_rate_at_which_all_hold_is_watched_beside_the_r_of_each() -> None:
+    well = foreseen(0.0, dependent=True, product=True)
+    # Both hold in 0.5 and 0.36 of the cases, of which the product says 0.25 and 0.36.
+    assert well["terms/product_bias"] == pytest.approx(-0.125, abs=0.05)
+    assert well["terms/product_gap"] == pytest.approx(0.125, abs=0.05)
+    assert well["terms/outside_bounds"] < 0.05
+    wrong = foreseen(0.8, dependent=True, product=True)
+    assert wrong["terms/outside_bounds"] > 0.9
+    assert wrong["terms/product_bias"] < well["terms/product_bias"] - 0.1
 
 
 def test_a_run_with_solved_tilts_is_continued_to_the_same_weights(tmp_path: Path) -> None:

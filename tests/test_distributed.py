@@ -152,8 +152,8 @@ def step_in_float64(
 def doubled(target: Target, parts: Parts) -> Target:
     table = replace(
         target.table,
-        tokens_VR=target.table.tokens_VR.double(),
-        prior_V=target.table.prior_V.double(),
+        tokens_JVR=target.table.tokens_JVR.double(),
+        prior_JV=target.table.prior_JV.double(),
     )
     reference = replace(
         target.reference,
@@ -164,8 +164,8 @@ def doubled(target: Target, parts: Parts) -> Target:
         target,
         table=table,
         reference=reference,
-        factors_NTR=target.factors_NTR.double(),
-        offset_NT=target.offset_NT.double(),
+        factors_NTJR=target.factors_NTJR.double(),
+        offset_NTJ=target.offset_NTJ.double(),
         floor_N=target.floor_N.double(),
         weights_NT=target.weights_NT.double(),
         share_N=target.share_N.double(),

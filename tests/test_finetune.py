@@ -51,10 +51,10 @@ def small() -> tuple[Parts, Target, TrainerConfig]:
     parts = small_parts(config)
     target = learn_target(parts, config, parts.llm.frozen(), 1)
     # R as if it had learned much: every token's evidence its own.
-    noise = torch.randn(target.offset_NT.shape, generator=torch.Generator().manual_seed(1))
-    prior_V = torch.randn(target.table.prior_V.shape, generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(target.offset_NTJ.shape, generator=torch.Generator().manual_seed(1))
+    prior_JV = torch.randn(target.table.prior_JV.shape, generator=torch.Generator().manual_seed(2))
     weights_NT = torch.where(target.rollouts.mask_NT, noise.exp(), 0.0)
-    table = replace(target.table, prior_V=3 * prior_V)
+    table = replace(target.table, prior_JV=3 * prior_JV)
     return parts, replace(target, table=table, weights_NT=weights_NT), config.trainer
 
 
@@ -151,7 +151,7 @@ def test_the_gradient_is_that_of_the_loss_written_out(
             log_p_V = target.reference.head(target.reference.hidden_NTD[n, t]).log_softmax(-1)
             if reference == "live":
                 log_p_V = logprobs_TV[t].detach()
-            u_V = target.table.logits(target.factors_NTR[n, t], target.offset_NT[n, t])
+            u_V = target.table.logits(target.factors_NTJR[n, t], target.offset_NTJ[n, t])
             q_V = (log_p_V.exp() * u_V.sigmoid()).detach()
             q_V = q_V / q_V.sum()
             divergence = (q_V * (q_V.log() - logprobs_TV[t])).sum()
@@ -279,8 +279,8 @@ def test_reading_some_rollouts_leaves_the_expected_gradient_and_what_lambda_mean
 def test_at_the_target_nothing_moves(small: tuple[Parts, Target, TrainerConfig]) -> None:
     parts, target, config = small
     # R that knows nothing: the target is the LLM itself.
-    table = replace(target.table, prior_V=torch.zeros_like(target.table.prior_V))
-    still = replace(target, table=table, factors_NTR=torch.zeros_like(target.factors_NTR))
+    table = replace(target.table, prior_JV=torch.zeros_like(target.table.prior_JV))
+    still = replace(target, table=table, factors_NTJR=torch.zeros_like(target.factors_NTJR))
     still = still.with_reference(parts.llm.frozen())
     got, numbers = step(parts.llm, still, [], config, 12)
     assert numbers["update/kl"] == pytest.approx(0, abs=1e-6)
@@ -341,9 +341,9 @@ def test_a_guard_stops_before_anything_moves(weight: float, limit: float, messag
     config = small_config("trainer.kl_weight=1", f"guard.kl_limit={limit}")
     parts = small_parts(config)
     target = learn_target(parts, config, parts.llm.frozen(), 1)
-    prior_V = torch.linspace(-4, 4, len(target.table.prior_V))
+    prior_JV = torch.linspace(-4, 4, target.table.prior_JV.shape[1])[None]
     weights_NT = torch.where(target.rollouts.mask_NT, weight, 0.0)
-    table = replace(target.table, prior_V=prior_V)
+    table = replace(target.table, prior_JV=prior_JV)
     target = replace(target, table=table, weights_NT=weights_NT)
     before = {name: p.detach().clone() for name, p in parts.llm.trained_parameters().items()}
     with pytest.raises(DivergedError, match=message) as caught:

@@ -20,6 +20,7 @@ from constrained_ft.fused import (
 )
 
 SHAPES = 1000
+READ = ("hidden_MD", "factors_MJR", "offset_MJ", "tokens_JVR", "prior_JV")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Case:
 
         tilt, labels = self.tilt, self.labels
         if tilt is not None:
-            floating = ("hidden_MD", "factors_MR", "offset_M", "tokens_VR", "prior_V", "floor_M")
+            floating = (*READ, "floor_M")
             parts = {name: convert(getattr(tilt, name)) for name in (*floating, "weights_M")}
             tilt = replace(tilt, head=head(tilt.head), **parts)  # type: ignore[arg-type]
         if labels is not None:
@@ -64,6 +65,7 @@ def some_case(seed: int) -> Case:
         return float(torch.rand((), generator=g)) < probability
 
     rows, width, size, rank = number(1, 40), number(1, 24), number(2, 90), number(1, 8)
+    terms = number(1, 3)
     sharpness = 10 ** float(torch.rand((), generator=g) * 1.5 - 0.5)
 
     def head() -> Head:
@@ -84,10 +86,10 @@ def some_case(seed: int) -> Case:
         tilt = Tilt(
             hidden_MD=hidden + 0.3 * normal(rows, width),
             head=reference,
-            factors_MR=normal(rows, rank),
-            offset_M=2 * normal(rows),
-            tokens_VR=2 * normal(size, rank),
-            prior_V=normal(size),
+            factors_MJR=normal(rows, terms, rank),
+            offset_MJ=2 * normal(rows, terms),
+            tokens_JVR=2 * normal(terms, size, rank),
+            prior_JV=normal(terms, size),
             limit=15.0,
             floor_M=torch.rand(rows, generator=g).double() if chance(0.3) else None,
             weights_M=4 * weights(),
@@ -97,6 +99,13 @@ def some_case(seed: int) -> Case:
         labels = Labels(next_M=next_M, weights_M=weights())
     # What float32 can say, so that both precisions are asked the same question.
     return Case(hidden=hidden, head=own, tilt=tilt, labels=labels).to(torch.float32)
+
+
+def logits_of_r(tilt: Tilt) -> Tensor:
+    """By the equations, over the whole vocabulary."""
+    return equations.auxiliary_logits(
+        tilt.factors_MJR, tilt.offset_MJ, tilt.tokens_JVR, tilt.prior_JV, tilt.limit
+    )
 
 
 def dense(case: Case) -> tuple[Losses, list[Tensor | None]]:
@@ -113,8 +122,7 @@ def dense(case: Case) -> tuple[Losses, list[Tensor | None]]:
     if case.tilt is not None:
         tilt = case.tilt
         theirs = torch.nn.functional.linear(tilt.hidden_MD, tilt.head.weight_VD, tilt.head.bias_V)
-        u = tilt.factors_MR @ tilt.tokens_VR.T + tilt.prior_V + tilt.offset_M[:, None]
-        u = u.clamp(-tilt.limit, tilt.limit)
+        u = logits_of_r(tilt)
         floor = 0.0 if tilt.floor_M is None else tilt.floor_M
         kl = equations.kl_to_target(equations.target_logprobs(theirs, u, floor), logits)
         satisfied, _ = equations.expected_satisfaction_logprobs(theirs, u)
@@ -170,7 +178,7 @@ def off(ours: Tensor, theirs: Tensor) -> float:
 
 
 def test_a_thousand_shapes_have_the_losses_and_gradients_of_the_equations() -> None:
-    seen = {"kl": 0, "ce": 0, "floor": 0, "bias": 0}
+    seen = {"kl": 0, "ce": 0, "floor": 0, "bias": 0, "one": 0, "two": 0, "three": 0}
     for seed in range(SHAPES):
         case = some_case(seed)
         theirs, their_gradients = dense(case)
@@ -204,6 +212,8 @@ def test_a_thousand_shapes_have_the_losses_and_gradients_of_the_equations() -> N
         seen["ce"] += theirs.ce_M is not None
         seen["floor"] += case.tilt is not None and case.tilt.floor_M is not None
         seen["bias"] += case.head.bias_V is not None
+        if case.tilt is not None:
+            seen[("one", "two", "three")[len(case.tilt.prior_JV) - 1]] += 1
     assert min(seen.values()) > SHAPES / 10
 
 
@@ -256,10 +266,7 @@ def test_a_row_of_weight_nothing_is_not_there() -> None:
 def test_the_target_and_the_reference_get_no_gradient() -> None:
     case = with_both(5)
     assert case.tilt is not None
-    watched = {
-        name: getattr(case.tilt, name).clone().requires_grad_()
-        for name in ("hidden_MD", "factors_MR", "offset_M", "tokens_VR", "prior_V")
-    }
+    watched = {name: getattr(case.tilt, name).clone().requires_grad_() for name in READ}
     loss, _ = fused(replace(case, tilt=replace(case.tilt, **watched)))
     assert all(tensor.grad is None for tensor in watched.values())
     assert loss.kl_M is not None
@@ -311,10 +318,9 @@ def test_the_expectation_of_r_is_that_of_the_equations() -> None:
         ours = expected_satisfaction(tilt, chunk_rows=1 + seed % 41)
         wide = some_case(seed).to(torch.float64).tilt
         assert wide is not None
-        u_MV = wide.factors_MR @ wide.tokens_VR.T + wide.prior_V + wide.offset_M[:, None]
         theirs = equations.expected_satisfaction_logprobs(
             torch.nn.functional.linear(wide.hidden_MD, wide.head.weight_VD, wide.head.bias_V),
-            u_MV.clamp(-wide.limit, wide.limit),
+            logits_of_r(wide),
         )
         for mine, exact in zip(ours, theirs, strict=True):
             assert mine.dtype == torch.float32

@@ -42,9 +42,9 @@ def learned(share: float) -> tuple[float, float, float]:
     for iteration in (1, 2):
         learn_auxiliary(parts, config, parts.llm.frozen(), iteration)
     error = error_of_auxiliary(parts, every, labels_Y)
-    first_YT = parts.auxiliary.frozen().satisfaction(
+    first_YT = parts.auxiliary.frozen().satisfaction_of_each(
         Rollouts(**(vars(every) | {"hidden_NTD": states_of(parts.llm.frozen(), every)}))
-    )
+    )[..., 0]
     return rate, error, float((first_YT[:, 0] * probs_Y).sum())
 
 

@@ -398,7 +398,7 @@ def test_guided_decoding_draws_from_the_target(kind: str) -> None:
         generator = generator_for(0, "rollouts", 1, one.id)
         uniforms[one.text] = torch.rand(3, 5, generator=generator, dtype=torch.float64)
     evidence = frozen.read(rollouts)
-    u_NTV = frozen.table.logits(evidence.factors_NTR, evidence.offset_NT)
+    u_NTV = frozen.table.logits(evidence.factors_NTJR, evidence.offset_NTJ)
     log_q_NTV = equations.target_logprobs(llm.head(rollouts.hidden_NTD), u_NTV)
     differs = 0
     for row in range(len(rollouts.texts)):
@@ -427,13 +427,13 @@ def test_guidance_of_any_strength_draws_from_p_times_r_to_that_power(strength: f
     llm = table_llm(LETTERS, LENGTH, compose(TABLE).llm, seed=3).frozen()
     auxiliary = random_auxiliary(llm, "additive")
     # Milder: at its full size nothing but one token is left.
-    auxiliary.table = replace(auxiliary.table, tokens_VR=auxiliary.table.tokens_VR / 40)
+    auxiliary.table = replace(auxiliary.table, tokens_JVR=auxiliary.table.tokens_JVR / 40)
     # Every completion, p and R of every token after every prefix of it; the rest is numpy.
     ids_NT = torch.from_numpy(oracle.completions(size, LENGTH))
     lengths_N = torch.full((len(ids_NT),), LENGTH + 1)
     hidden_NTD = llm.hidden_states(torch.nn.functional.pad(ids_NT, (1, 0)), lengths_N)[:, :-1]
     read = auxiliary.read_examples(hidden_NTD, ids_NT, torch.ones_like(ids_NT, dtype=torch.bool))
-    u_NTV = auxiliary.table.logits(read.factors_NTR, read.offset_NT).double().numpy()
+    u_NTV = auxiliary.table.logits(read.factors_NTJR, read.offset_NTJ).double().numpy()
     p_NTV = llm.head(hidden_NTD).double().softmax(-1).numpy()
     q_NTV = p_NTV * (1 / (1 + np.exp(-u_NTV))) ** strength
     tables = [np.log(q_NTV[:: size ** (LENGTH - t), t]) for t in range(LENGTH)]
