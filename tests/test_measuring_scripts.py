@@ -103,6 +103,7 @@ def test_the_page_says_what_was_measured(
     assert (tmp_path / "front.svg").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_training_comes_to_rest_where_the_law_of_lambda_says() -> None:
     corpus, measured = loaded("lambda_law").rest(3.0, "trainer.iterations=8")
     assert 0.5 < corpus < 0.8

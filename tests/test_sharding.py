@@ -130,6 +130,7 @@ def fail_in_a_pass(world: World, stop: StopRequest) -> None:
 # Steps -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 def test_sharded_ranks_have_the_gradient_of_one_process() -> None:
     alone = gradients_of_steps(World.alone(), StopRequest())
