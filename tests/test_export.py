@@ -23,7 +23,7 @@ from small import SHAPES, run, small_config, tiny_llm
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, PreTrainedModel
 
-from constrained_ft.auxiliary import Auxiliary, FrozenAuxiliary
+from constrained_ft.auxiliary import Auxiliary, FrozenAuxiliary, ProductAuxiliary
 from constrained_ft.cli.main import main
 from constrained_ft.compose import compose
 from constrained_ft.decoding import decode
@@ -86,15 +86,17 @@ def random_auxiliary(llm: LLM, kind: str, folder: Path) -> FrozenAuxiliary:
     """One with opinions, on disk."""
     embeddings = llm.module.get_input_embeddings().weight.detach()
     generator = torch.Generator().manual_seed(4)
-    prior_V = torch.randn(len(embeddings), generator=generator)
-    small = (f"auxiliary={kind}", "auxiliary.rank=8", "auxiliary.width=32", "auxiliary.layers=1")
-    module = Auxiliary(
-        compose(["constraint=letters", *small]).auxiliary, embeddings, prior_V, seed=0
-    )
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    module.eval().frozen().save(folder)
+    of = "additive" if kind == "product" else kind
+    small = (f"auxiliary={of}", "auxiliary.rank=8", "auxiliary.width=32", "auxiliary.layers=1")
+    config = compose(["constraint=letters", *small]).auxiliary
+    each = []
+    for _ in range(3 if kind == "product" else 1):
+        prior_V = torch.randn(len(embeddings), generator=generator)
+        each.append(Auxiliary(config, embeddings, prior_V, seed=0).eval())
+        with torch.no_grad():
+            for parameter in each[-1].parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    ProductAuxiliary(each).frozen().save(folder)
     return FrozenAuxiliary.load(folder, torch.device("cpu"))
 
 
@@ -103,7 +105,10 @@ def random_auxiliary(llm: LLM, kind: str, folder: Path) -> FrozenAuxiliary:
 
 @pytest.mark.parametrize(
     ("shape", "kind"),
-    [*((shape, "additive") for shape in SHAPES), *(("llama", k) for k in KINDS[1:])],
+    [
+        *((shape, "additive") for shape in SHAPES),
+        *(("llama", k) for k in (*KINDS[1:], "product")),
+    ],
 )
 def test_the_same_tokens_as_our_own_sampler_for_the_same_uniform_numbers(
     shape: str, kind: str, tmp_path: Path

@@ -51,7 +51,7 @@ def small() -> tuple[Parts, Target, TrainerConfig]:
     parts = small_parts(config)
     target = learn_target(parts, config, parts.llm.frozen(), 1)
     # R as if it had learned much: every token's evidence its own.
-    noise = torch.randn(target.offset_NTJ.shape, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(target.weights_NT.shape, generator=torch.Generator().manual_seed(1))
     prior_JV = torch.randn(target.table.prior_JV.shape, generator=torch.Generator().manual_seed(2))
     weights_NT = torch.where(target.rollouts.mask_NT, noise.exp(), 0.0)
     table = replace(target.table, prior_JV=3 * prior_JV)
