@@ -47,7 +47,10 @@ METRICS: dict[str, tuple[str, str]] = {
         "mean |log Rbar - log R|: how far R is from agreeing with its own one-step expectation",
         "nats",
     ),
-    "auxiliary/epochs": ("epoch whose state was kept; 0 keeps the state before the fit", "count"),
+    "auxiliary/epochs": (
+        "epoch whose state was kept; 0 keeps the state before the fit; of a product their mean",
+        "count",
+    ),
     "auxiliary/examples": ("rollouts fitted, replayed ones included", "count"),
     "term/<name>/satisfaction": ("share of the rollouts that satisfy this term", "share"),
     "term/<name>/score": ("mean score of this term", "0 to 1"),

@@ -72,26 +72,29 @@ def succeeds(config: object, folder: RunFolder, display: PlainDisplay, stop: obj
 # --- starting up --------------------------------------------------------------------------------
 
 
+LIBRARIES = "import pydantic, rich.console, rich.text, typer.main, yaml; pydantic.BaseModel"
+LIBRARIES_SECONDS = 0.15  # where half a second is asked for; slower machines get as much more
+
+
+def cpu_seconds(code: str) -> float:
+    code = f"import time\n{code}\nprint('CPU seconds', time.process_time())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout.rsplit(maxsplit=1)[1])
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["config", "list"]])
 def test_help_loads_no_torch_and_takes_half_a_second(arguments: list[str]) -> None:
     code = (
-        "import sys, time\n"
+        "import sys\n"
         "from constrained_ft.cli.main import main\n"
         f"try: main({arguments!r})\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'datasets', 'peft', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
-        "print('CPU seconds', time.process_time())\n"
     )
-    seconds = []
-    for _ in range(3):
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        )
-        seconds.append(float(done.stdout.rsplit(maxsplit=1)[1]))
-        if seconds[-1] <= 0.5:
-            return
-    raise AssertionError(f"{seconds} s of CPU time")
+    rounds = [(cpu_seconds(code), cpu_seconds(LIBRARIES)) for _ in range(3)]
+    ours, libraries = map(min, zip(*rounds, strict=True))
+    assert ours <= 0.5 * max(1.0, libraries / LIBRARIES_SECONDS), rounds
 
 
 def test_version(cft: Cft) -> None:
