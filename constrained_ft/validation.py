@@ -87,7 +87,8 @@ def _explain(path: str, item: Any, tree: Tree, config_dirs: Sequence[Path]) -> s
             return f"{path} is missing: {_how_to_set(path)}"
         case "value_error":
             hint = _HINTS.get(path, "")
-            return f"{path}: {item['ctx']['error']}" + (f" ({hint})" if hint else "")
+            where = f"{path}: " if path else ""  # rules across sections name their keys themselves
+            return f"{where}{item['ctx']['error']}" + (f" ({hint})" if hint else "")
         case "union_tag_not_found":
             return f"{path}.kind is missing: {_how_to_set(path + '.kind')}"
         case "union_tag_invalid":
