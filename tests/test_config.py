@@ -199,9 +199,9 @@ INVALID = [
 def test_a_wrong_configuration_is_refused_with_its_key_and_what_to_do(
     overrides: str, key: str, advice: str
 ) -> None:
-    started = time.process_time()
+    started = time.thread_time()
     message = refusal(*overrides.split())
-    assert time.process_time() - started < 1.0
+    assert time.thread_time() - started < 1.0
     assert key in message
     assert advice in message
     for jargon in ("hydra.errors", "pydantic", "https:", "Extra inputs", "validation error"):
