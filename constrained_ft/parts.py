@@ -242,13 +242,14 @@ def build_auxiliary(
     assert isinstance(embeddings, torch.Tensor)
     embeddings_VD = embeddings.detach()
     asked = _scorers_of_prior(config, scorers)
+    tokens = [[token] for token in range(len(tokenizer))]
+    texts = ["", *tokenizer.batch_decode(tokens)] if asked else []
 
     def one(scorers: Sequence[Scorer], *key: str) -> Auxiliary:
         prior_V = torch.zeros(len(embeddings_VD), device=llm.device)
         if scorers:
-            texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-            nothing, *scores = _scores_of_texts(["", *texts], scorers, world or World.alone())
-            prior_V[: len(texts)] = vocabulary_prior(torch.tensor(scores), nothing)
+            nothing, *scores = _scores_of_texts(texts, scorers, world or World.alone())
+            prior_V[: len(scores)] = vocabulary_prior(torch.tensor(scores), nothing)
         seed = seed_for(config.seed, "auxiliary", *key)
         return Auxiliary(config.auxiliary, embeddings_VD, prior_V, seed=seed)
 

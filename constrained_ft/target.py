@@ -300,16 +300,14 @@ def _fit(
             )
             for j, one in enumerate(each)
         ]
-        metrics = found[0]
-        if config.auxiliary.terms == "product":
-            quality = quality_of(
-                parts.auxiliary.frozen(), head, sound, config.auxiliary, config.seed
-            )
-            metrics = _product_metrics(found, config) | quality
         spent.tokens += sum(int(past.rollouts.mask_NT.sum()) for past in sound) * len(each)
+        metrics = found[0]
         if config.constraint.terms:
-            said = parts.auxiliary.frozen().satisfaction_of_each(own.rollouts)
-            metrics |= measure_terms(own, said, config)
+            fitted = parts.auxiliary.frozen()
+            if config.auxiliary.terms == "product":
+                quality = quality_of(fitted, head, sound, config.auxiliary, config.seed)
+                metrics = _product_metrics(found, config) | quality
+            metrics |= measure_terms(own, fitted.satisfaction_of_each(own.rollouts), config)
     return metrics
 
 

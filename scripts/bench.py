@@ -13,18 +13,14 @@ On a GPU the model is one of random weights, so that nothing is downloaded: `--s
 """
 
 import argparse
-import hashlib
 import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +29,8 @@ from constrained_ft.cli.settings import settings
 settings.prepare_libraries()
 
 import torch  # noqa: E402  # after the libraries' settings
+from bench_ratio import Ratio, Work  # noqa: E402
+from bench_runs import history_rows, overlap_rows, scoring_rows, service_rows  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
@@ -40,7 +38,7 @@ from constrained_ft import equations  # noqa: E402
 from constrained_ft.compose import compose  # noqa: E402
 from constrained_ft.config import Config  # noqa: E402
 from constrained_ft.decoding import decode  # noqa: E402
-from constrained_ft.distributed import StopRequest, World, default_device  # noqa: E402
+from constrained_ft.distributed import StopRequest, default_device  # noqa: E402
 from constrained_ft.finetune import backward_of_step, update_llm  # noqa: E402
 from constrained_ft.fused import Head, Tilt, chunk_rows_for, fused_losses  # noqa: E402
 from constrained_ft.llm import LLM  # noqa: E402
@@ -50,10 +48,6 @@ from constrained_ft.memory import held_memory, peak_during  # noqa: E402
 from constrained_ft.optimization import build_optimization  # noqa: E402
 from constrained_ft.parts import Parts, build_parts  # noqa: E402
 from constrained_ft.progress import Silent  # noqa: E402
-from constrained_ft.rollouts import sample  # noqa: E402
-from constrained_ft.scorer_config import FunctionScorerConfig  # noqa: E402
-from constrained_ft.scorers import build_scorer  # noqa: E402
-from constrained_ft.scoring import Scoring  # noqa: E402
 from constrained_ft.target import Target, learn_target  # noqa: E402
 
 ROUNDS = 5
@@ -68,23 +62,6 @@ SHAPES = {
     "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28},
 }
 DEVICE = default_device()
-
-Work = Callable[[], object]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ratio:
-    """One row: what we do over what is done elsewhere."""
-
-    name: str
-    ours: Work | None
-    theirs: Work | None
-    must: float
-    aim: float
-    value: Callable[[], float] | None = None
-    """Where it is no ratio of times, or runs processes of its own."""
-    own_load: bool = False
-    """Whether what loads the machine is what is measured."""
 
 
 def main() -> None:
@@ -465,234 +442,6 @@ def _iteration_row(parts: Parts, config: Config, target: Target) -> Ratio:
 def plain_fp32(config: Config) -> Config:
     """The model without an adapter."""
     return config.model_copy(update={"llm": plain_config(config.llm.model_name_or_path)})
-
-
-# Overlap: of sampling with scoring, and of both sides of a run.
-
-SLOW_SCORER = """
-import time
-
-def score(prompts, completions):
-    time.sleep(float(open({seconds!r}).read()))
-    return [float("e" not in text) for text in completions]
-"""
-LATENCY, IN_FLIGHT = 0.2, 50
-RUN = ("experiment=smoke", "trainer.iterations=10", "trainer.steps_per_iteration=96")
-
-
-def scoring_rows(_: str | None) -> list[Ratio]:
-    """A scorer that takes its time, asked while sampling goes on: four batches of 64."""
-    config = compose(["sampler.batch_size=64"])
-    parts = build_parts(config, Silent(), StopRequest())
-    llm, prompts = parts.llm.frozen(), parts.prompts.training[: 8 * PROMPTS]
-    place = Path(tempfile.mkdtemp(prefix="cft-bench-"))
-    (place / "seconds").write_text(str(LATENCY))
-    (place / "slow.py").write_text(SLOW_SCORER.format(seconds=str(place / "seconds")))
-    path = f"{place / 'slow.py'}:score"
-    scorer = build_scorer(FunctionScorerConfig(kind="function", path=path, in_flight=IN_FLIGHT))
-
-    def sampled(*, scored: bool) -> None:
-        with Scoring([scorer] if scored else [], World.alone(), StopRequest()) as scoring:
-            rollouts = sample(
-                llm,
-                prompts,
-                samples_per_prompt=2,
-                max_new_tokens=NEW_TOKENS,
-                sampler=config.sampler,
-                seed=0,
-                iteration=1,
-                display=Silent(),
-                stop=StopRequest(),
-                each=scoring.begin,
-            )
-            scoring.finish(rollouts, most_missing=0.0)
-
-    name = (
-        f"sampling and scoring ({LATENCY:g} s a completion, {IN_FLIGHT} in flight) / sampling alone"
-    )
-    return [
-        Ratio(
-            name=name,
-            ours=lambda: sampled(scored=True),
-            theirs=lambda: sampled(scored=False),
-            must=1.15,
-            aim=1.08,
-        )
-    ]
-
-
-def overlap_rows(_: str | None) -> list[Ratio]:
-    """Two processes, of which one learns the target while the other updates the LLM.
-
-    The scorer waits so long that both sides take about the same time; one thread each.
-    """
-    place = Path(tempfile.mkdtemp(prefix="cft-bench-"))
-    (place / "slow.py").write_text(SLOW_SCORER.format(seconds=str(place / "seconds")))
-
-    def run(name: str, seconds: float, *arguments: str) -> dict[str, float]:
-        """Medians over the iterations that are like each other."""
-        (place / "seconds").write_text(str(seconds))
-        folder = place / name
-        command = [sys.executable, "-m", "constrained_ft.cli.main", "-q", "train", *RUN]
-        command += ["constraint=function", f"constraint.scorer.path={place / 'slow.py'}:score"]
-        command += ["sampler.batch_size=512", f"output_dir={folder}", *arguments]
-        one_thread = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, env=one_thread, stdout=subprocess.DEVNULL)
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        rows = rows[2:-1:2]  # the others also complete the fixed prompts
-        names = ("time/target", "time/update", "time/iteration")
-        return {name: statistics.median(row[name] for row in rows) for name in names}
-
-    @lru_cache
-    def measured() -> tuple[dict[str, float], dict[str, float]]:
-        bare = run("bare", 0.0, "--nproc-per-node", "1")
-        wait = max(0.0, bare["time/update"] - bare["time/target"])
-        alone = run("alternating", wait, "--nproc-per-node", "1")
-        peers = ("trainer=overlapped", "placement=peers", "--nproc-per-node", "2")
-        return alone, run("peers", wait, *peers)
-
-    def to_longer() -> float:
-        alone, peers = measured()
-        return peers["time/iteration"] / max(alone["time/target"], alone["time/update"])
-
-    def to_alternating() -> float:
-        alone, peers = measured()
-        return peers["time/iteration"] / alone["time/iteration"]
-
-    what = "iteration, overlapped with a peer"
-    return [
-        Ratio(name=name, ours=None, theirs=None, value=value, must=must, aim=aim, own_load=True)
-        for name, value, must, aim in (
-            (f"{what} / its longer phase alone", to_longer, 1.15, 1.05),
-            (f"{what} / alternating in one process", to_alternating, 1 / 1.3, 0.55),
-        )
-    ]
-
-
-# A service that misbehaves, against the same one that does not.
-
-SERVED = (
-    *("trainer.iterations=6", "trainer.warmup_steps=1", "evaluation.max_prompts=16"),
-    *("constraint=http", "constraint.labels=soft", "constraint.satisfied_at=0.3"),
-    "constraint.scorer.timeout=1",
-    "constraint.scorer.request={texts: '{completions}'}",
-)
-SERVICE_LATENCY = 0.1
-
-
-def service_rows(_: str | None) -> list[Ratio]:
-    """Training whose scores come from a service of which 46 % of the requests fail.
-
-    Its labels have to be those of a sound service: both runs end with the same weights.
-    """
-    sys.path.insert(0, str(ROOT / "scripts"))
-    from faulty_service import FaultyService
-
-    place = Path(tempfile.mkdtemp(prefix="cft-bench-"))
-
-    def run(batch: int, *, faulty: bool) -> tuple[float, float, str]:
-        """Seconds of the iterations, requests a completion, and a hash of the weights."""
-        folder = place / f"{batch} {faulty}"
-        with FaultyService(faulty=faulty, latency=SERVICE_LATENCY, hang=2.0) as service:
-            command = [sys.executable, "-m", "constrained_ft.cli.main", "-q", "train", *SERVED]
-            command += [f"constraint.scorer.url={service.url}", f"output_dir={folder}"]
-            command += [f"constraint.scorer.batch_size={batch}"]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            requests = sum(service.seen.values())
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        seconds = sum(row["time/iteration"] for row in rows)
-        weights = hashlib.sha256()
-        for file in sorted((folder / "final").rglob("*.safetensors")):
-            weights.update(file.read_bytes())
-        return seconds, requests, weights.hexdigest()
-
-    @lru_cache
-    def measured(batch: int) -> tuple[float, float]:
-        slow, more, weights = run(batch, faulty=True)
-        quick, fewest, same = run(batch, faulty=False)
-        if weights != same:
-            raise SystemExit("the labels differ: the runs end with other weights")
-        return slow / quick, more / fewest / batch
-
-    def both(batch: int, place: int) -> float:
-        return measured(batch)[place]
-
-    what = "training with a service that fails 46 % of the time"
-    return [
-        Ratio(name=name, ours=None, theirs=None, value=value, must=must, aim=aim, own_load=True)
-        for batch in (8, 1)
-        for name, value, must, aim in (
-            (f"{what}, {batch} a request: time / without", partial(both, batch, 0), 1.25, 1.1),
-            (
-                f"{what}, {batch} a request: requests a completion",
-                partial(both, batch, 1),
-                1.6,
-                1 / batch,
-            ),
-        )
-    ]
-
-
-# The default run, against the first version of it.
-
-FIRST = "5e8584f8d2ace2f235f133ac3084ff08c6c42d08"  # 4.3 % toxic of 10.9, perplexity of news 35.92
-FIRST_ITERATIONS = 6
-ENOUGH_ITERATIONS = 30  # 2.5 % toxic of 9.6, perplexity 30.50: docs/results.md, toxic/cft/0
-GLANCE = ("evaluation.max_prompts=2", "evaluation.samples_per_prompt=2")
-
-
-def history_rows(_: str | None) -> list[Ratio]:
-    """Training until the model is at least as good as the first version made it.
-
-    Iterations of either version are alike, so a few of them are timed and counted as often as a
-    run has them. Needs the history of the repository, and pip.
-    """
-    place = Path(tempfile.mkdtemp(prefix="cft-bench-"))
-
-    def install() -> Path:
-        source, installed = place / "source", place / "installed"
-        source.mkdir()
-        parts = ("pyproject.toml", "README.md", "LICENSE", "constrained_ft", "cli", "conf")
-        archive = subprocess.run(
-            ["git", "-C", str(ROOT), "archive", FIRST, *parts], check=True, capture_output=True
-        ).stdout
-        subprocess.run(["tar", "x", "-C", str(source)], check=True, input=archive)
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-        pip += ["--no-build-isolation", "--target", str(installed), str(source)]
-        subprocess.run(pip, check=True)
-        return installed
-
-    def seconds(name: str, *overrides: str, path: Path | None = None) -> float:
-        """Of one iteration: the median, without the first, which warms up, if there are more."""
-        folder = place / name
-        command = [sys.executable, "-m", "constrained_ft.cli.main", "-q", "train", *GLANCE]
-        command += ["trainer.warmup_steps=0", *overrides, f"output_dir={folder}"]
-        found = dict(os.environ) | ({"PYTHONPATH": str(path)} if path else {})
-        subprocess.run(command, check=True, env=found, cwd=place, stdout=subprocess.DEVNULL)
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        times = [row["time/iteration"] for row in rows]
-        return statistics.median(times[1:] or times)
-
-    def measured() -> float:
-        path = install()
-        firsts, todays = [], []
-        for number in range(2):
-            firsts.append(seconds(f"first{number}", "trainer.iterations=1", path=path))
-            todays.append(seconds(f"today{number}", "trainer.iterations=6"))
-        ours = statistics.mean(todays) * ENOUGH_ITERATIONS
-        return ours / (statistics.mean(firsts) * FIRST_ITERATIONS)
-
-    return [
-        Ratio(
-            name="training until as good as the first version / its default run",
-            ours=None,
-            theirs=None,
-            value=measured,
-            must=0.6,
-            aim=0.4,
-            own_load=True,
-        )
-    ]
 
 
 GROUPS: dict[str, Callable[[str | None], list[Ratio]]] = {

@@ -2,16 +2,19 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
+from constrained_ft import metrics
 from constrained_ft.compose import compose
 from constrained_ft.config import Config, LoraConfig
 from constrained_ft.distributed import StopRequest, World
+from constrained_ft.errors import Interrupted
 from constrained_ft.llm import LLM
 from constrained_ft.loading import load_llm
 from constrained_ft.parts import Parts, build_parts
-from constrained_ft.progress import Silent
+from constrained_ft.progress import Display, Silent
 from constrained_ft.prompts import Prompt
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.sharding import gathered
@@ -50,6 +53,37 @@ def run(config: Config, path: Path) -> RunFolder:
     """A run from its start to its end."""
     folder = RunFolder(path).start(config, ["cft", "train"])
     train(config, folder, Silent(), StopRequest())
+    folder.close()
+    return folder
+
+
+class StopAfter(StopRequest):
+    """Asks to stop once so many iterations are finished."""
+
+    def __init__(self, folder: RunFolder, iterations: int) -> None:
+        super().__init__()
+        self._folder = folder
+        self._iterations = iterations
+
+    def check(self) -> None:
+        if len(metrics.read(self._folder.metrics_file)) >= self._iterations:
+            raise Interrupted("stopped by a test")
+
+
+def stopped(config: Config, path: Path, *, after: int) -> RunFolder:
+    """A run that was stopped after so many iterations."""
+    folder = RunFolder(path).start(config, ["cft", "train"])
+    with pytest.raises(Interrupted):
+        train(config, folder, Silent(), StopAfter(folder, after))
+    folder.close()
+    assert len(metrics.read(folder.metrics_file)) == after
+    return folder
+
+
+def go_on(config: Config, path: Path, display: Display | None = None) -> RunFolder:
+    """The rest of a run that was stopped."""
+    folder = RunFolder(path).resume(config, ["cft", "train", "--resume"])
+    train(config, folder, display or Silent(), StopRequest())
     folder.close()
     return folder
 

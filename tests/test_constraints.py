@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from small import SMALL, run, small_config, small_parts
+from small import SMALL, go_on, run, small_config, small_parts, stopped
 
 from constrained_ft import metrics, preflight, results
 from constrained_ft.compose import compose
 from constrained_ft.distributed import StopRequest
-from constrained_ft.errors import Interrupted, MissingScoresError, ScorerError
+from constrained_ft.errors import MissingScoresError, ScorerError
 from constrained_ft.finetune import update_llm
 from constrained_ft.intervals import Interval
 from constrained_ft.progress import Silent
@@ -141,19 +141,8 @@ def test_a_run_with_solved_tilts_is_continued_to_the_same_weights(tmp_path: Path
         "trainer.target_rate=0.9",
     )
     straight = run(config, tmp_path / "straight")
-
-    class StopAfterOne(StopRequest):
-        def check(self) -> None:
-            if (tmp_path / "run" / "checkpoints" / "iteration_0001").exists():
-                raise Interrupted("stopped by a test")
-
-    folder = RunFolder(tmp_path / "run").start(config, ["cft", "train"])
-    with pytest.raises(Interrupted):
-        train(config, folder, Silent(), StopAfterOne())
-    folder.close()
-    folder = RunFolder(tmp_path / "run").resume(config, ["cft", "train"])
-    train(config, folder, Silent(), StopRequest())
-    folder.close()
+    stopped(config, tmp_path / "run", after=1)
+    folder = go_on(config, tmp_path / "run")
     for name in ("final/llm/model.safetensors", "final/auxiliary/auxiliary.safetensors"):
         assert (straight.path / name).read_bytes() == (folder.path / name).read_bytes()
     rates = [row["update/kl_weight"] for row in metrics.read(folder.metrics_file)]
@@ -213,10 +202,7 @@ def test_too_many_missing_scores_stop_the_run_with_a_checkpoint(tmp_path: Path) 
     assert list(folder.checkpoints.iterdir())
     # Whoever mends the scorer goes on from there.
     failing(tmp_path, "False")
-    folder = RunFolder(tmp_path / "run").resume(config, ["cft", "train"])
-    train(config, folder, Silent(), StopRequest())
-    assert folder.status()["iteration"] == 3
-    folder.close()
+    assert go_on(config, tmp_path / "run").status()["iteration"] == 3
 
 
 def test_before_training_a_scorer_that_fails_is_no_run(tmp_path: Path) -> None:

@@ -7,24 +7,21 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from small import LENGTH, LETTERS, TABLE, run, small_config, small_parts
+from small import LENGTH, LETTERS, TABLE, go_on, run, small_config, small_parts, stopped
 from torch import Tensor
 
 from constrained_ft import equations, memory, metrics, results
 from constrained_ft.auxiliary import FrozenAuxiliary, ProductAuxiliary
 from constrained_ft.compose import compose
-from constrained_ft.distributed import StopRequest
-from constrained_ft.errors import ConfigError, Interrupted
+from constrained_ft.errors import ConfigError
 from constrained_ft.explain import explain_tokens
 from constrained_ft.finetune import update_llm
 from constrained_ft.mining import prompt_satisfaction
-from constrained_ft.progress import Silent
 from constrained_ft.rollouts import by_term, label
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.selfcheck import _probs, error_of_auxiliary
 from constrained_ft.tabular import every_completion, table_parts
 from constrained_ft.target import learn_target
-from constrained_ft.train import train
 
 TERMS = (
     "constraint=several",
@@ -166,19 +163,8 @@ def test_both_rates_rise_and_everything_is_watched(straight: RunFolder) -> None:
 
 def test_a_stopped_run_is_continued_to_the_same_bits(straight: RunFolder, tmp_path: Path) -> None:
     config = small_config(*TERMS, *LONGER)
-
-    class StopAfterOne(StopRequest):
-        def check(self) -> None:
-            if (tmp_path / "run" / "checkpoints" / "iteration_0001").exists():
-                raise Interrupted("stopped by a test")
-
-    folder = RunFolder(tmp_path / "run").start(config, ["cft", "train"])
-    with pytest.raises(Interrupted):
-        train(config, folder, Silent(), StopAfterOne())
-    folder.close()
-    folder = RunFolder(tmp_path / "run").resume(config, ["cft", "train"])
-    train(config, folder, Silent(), StopRequest())
-    folder.close()
+    stopped(config, tmp_path / "run", after=1)
+    folder = go_on(config, tmp_path / "run")
     for name in ("final/llm/model.safetensors", "final/auxiliary/auxiliary.safetensors"):
         assert (straight.path / name).read_bytes() == (folder.path / name).read_bytes()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from small import run, small_config, small_parts
+from small import go_on, run, small_config, small_parts, stopped
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,29 +20,15 @@ from constrained_ft import checkpoint, evaluate, metrics, results, run_folder
 from constrained_ft.config import Config
 from constrained_ft.corpus import load_corpus
 from constrained_ft.distributed import StopRequest
-from constrained_ft.errors import CheckpointError, Interrupted, ScorerError
+from constrained_ft.errors import CheckpointError, ScorerError
 from constrained_ft.loading import load_frozen, plain_config
 from constrained_ft.metrics import METRICS
 from constrained_ft.progress import Silent
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.scorers import build_scorer, score_all
 from constrained_ft.tiny import byte_tokenizer
-from constrained_ft.train import train
 
 TIMES = {"time/target", "time/update", "time/iteration", "budget/seconds"}
-
-
-class StopAfter(StopRequest):
-    """Asks to stop once so many iterations are finished."""
-
-    def __init__(self, folder: RunFolder, iterations: int) -> None:
-        super().__init__()
-        self._folder = folder
-        self._iterations = iterations
-
-    def check(self) -> None:
-        if len(metrics.read(self._folder.metrics_file)) >= self._iterations:
-            raise Interrupted("stopped by a test")
 
 
 class Notes(Silent):
@@ -95,22 +81,16 @@ def assert_same(ours: RunFolder, theirs: RunFolder) -> None:
         assert digests(ours.path / folder) == digests(theirs.path / folder)
 
 
+def noted(config: Config, path: Path) -> tuple[RunFolder, list[str]]:
+    """A run that goes on, and what it notes."""
+    display = Notes()
+    return go_on(config, path, display), display.notes
+
+
 def resumed(config: Config, path: Path, *, after: int) -> tuple[RunFolder, list[str]]:
     """A run that was stopped after so many iterations, and the notes of its second half."""
-    folder = RunFolder(path).start(config, ["cft", "train"])
-    with pytest.raises(Interrupted):
-        train(config, folder, Silent(), StopAfter(folder, after))
-    folder.close()
-    assert len(metrics.read(folder.metrics_file)) == after
-    return go_on(config, path)
-
-
-def go_on(config: Config, path: Path) -> tuple[RunFolder, list[str]]:
-    display = Notes()
-    folder = RunFolder(path).resume(config, ["cft", "train", "--resume"])
-    train(config, folder, display, StopRequest())
-    folder.close()
-    return folder, display.notes
+    stopped(config, path, after=after)
+    return noted(config, path)
 
 
 VARIANTS = [
@@ -206,15 +186,12 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
     straight: Mapping[tuple[str, bool], RunFolder], tmp_path: Path
 ) -> None:
     config = small_config("trainer=alternating")
-    folder = RunFolder(tmp_path).start(config, ["cft", "train"])
-    with pytest.raises(Interrupted):
-        train(config, folder, Silent(), StopAfter(folder, 2))
-    folder.close()
+    folder = stopped(config, tmp_path, after=2)
     file = folder.checkpoints / "iteration_0002" / "llm.safetensors"
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(bytes(content))
-    folder, notes = go_on(config, tmp_path)
+    folder, notes = noted(config, tmp_path)
     assert notes[:2] == [
         "checkpoint passed over: iteration_0002: llm.safetensors is damaged",
         "continuing after iteration 1, from iteration_0001",

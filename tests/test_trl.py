@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import gradients, run, small_config, tiny_llm
+from small import go_on, gradients, run, small_config, stopped, tiny_llm
 from transformers import AutoModelForCausalLM
 
 from constrained_ft import metrics, train
@@ -16,7 +16,7 @@ from constrained_ft.cli.torchrun import Processes
 from constrained_ft.compose import compose
 from constrained_ft.config import Config
 from constrained_ft.distributed import StopRequest
-from constrained_ft.errors import ConfigError, Interrupted, MissingScoresError, ModelError
+from constrained_ft.errors import ConfigError, MissingScoresError, ModelError
 from constrained_ft.finetune import backward_of_corpus
 from constrained_ft.named_models import final_model
 from constrained_ft.parts import build_parts
@@ -216,25 +216,10 @@ def test_the_corpus_part_is_the_mean_cross_entropy() -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6)
 
 
-class StopAfterOne(StopRequest):
-    """Asks a run to stop after its first iteration."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        super().__init__()
-        self._folder = folder
-
-    def check(self) -> None:
-        if metrics.read(self._folder.metrics_file):
-            raise Interrupted("stopped by a test")
-
-
 def test_a_run_that_was_stopped_continues(tmp_path: Path) -> None:
     config = small_config("trainer=grpo", *FEW, lora=True)
-    folder = RunFolder(tmp_path / "run").start(config, ["cft", "train"])
-    with pytest.raises(Interrupted):
-        train.train(config, folder, Silent(), StopAfterOne(folder))
-    assert [row["iteration"] for row in metrics.read(folder.metrics_file)] == [1]
-    train.train(config, folder, Silent(), StopRequest())
+    stopped(config, tmp_path / "run", after=1)
+    folder = go_on(config, tmp_path / "run")
     rows = metrics.read(folder.metrics_file)
     assert [row["iteration"] for row in rows] == [1, 2]
     assert rows[-1]["budget/scored_samples"] == 80
