@@ -12,6 +12,9 @@ import torch
 from constrained_ft.distributed import StopRequest, World, join
 
 PATIENCE = 120.0
+# Ranks are forked from a process that has loaded the libraries, once for all tests.
+RANKS = multiprocessing.get_context("forkserver")
+RANKS.set_forkserver_preload(["constrained_ft.train", "constrained_ft.selfcheck"])
 
 
 def together(work: Callable[..., object], size: int, *arguments: object) -> list[Any]:
@@ -34,13 +37,12 @@ def started(work: Callable[..., object], size: int, *arguments: object) -> list[
 def _start(
     work: Callable[..., object], size: int, arguments: tuple[object, ...]
 ) -> tuple[list[Any], Any]:
-    context = multiprocessing.get_context("spawn")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    results = context.Queue()
+    results = RANKS.Queue()
     ranks = [
-        context.Process(target=_enter, args=(work, rank, size, port, arguments, results))
+        RANKS.Process(target=_enter, args=(work, rank, size, port, arguments, results))
         for rank in range(size)
     ]
     for process in ranks:
