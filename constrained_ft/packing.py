@@ -9,10 +9,11 @@ length, each in a row of its own, have a third.
 """
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from operator import itemgetter
+from operator import attrgetter, itemgetter
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -73,12 +74,10 @@ def pack(trees: Sequence[Tree], capacity: int, pad: int, *, apart: bool = False)
         apart: each branch behind a copy of its stem, in a row of its own, for models that cannot
             tell apart the sequences of one row.
     """
-    pieces = sorted(_pieces(trees, apart=apart), key=len, reverse=True)
-    lengths = [len(piece) for piece in pieces]
+    pieces = sorted(_pieces(trees, apart=apart), key=attrgetter("length"), reverse=True)
+    lengths = [piece.length for piece in pieces]
     places = range(len(pieces)) if apart else _places(lengths, capacity)
-    rows = [_Row() for _ in range(1 + max(places))]
-    for piece, place in zip(pieces, places, strict=True):
-        rows[place].add(piece)
+    rows, stems, paths = _filled(pieces, places)
     length = max(len(row.ids) for row in rows)
     tree_BL = _table([row.trees for row in rows], length, _PADDING)
     branch_BL = _table([row.branches for row in rows], length, _PADDING)
@@ -87,19 +86,13 @@ def pack(trees: Sequence[Tree], capacity: int, pad: int, *, apart: bool = False)
     same_BLL = tree_BL[:, None, :] == tree_BL[:, :, None]
     own_BLL = branch_BL[:, None, :] == branch_BL[:, :, None]
     mask_BLL = earlier_BLL & same_BLL & (own_BLL | (branch_BL == _STEM)[:, None, :])
-    stems: dict[int, list[int]] = {}
-    paths: dict[int, list[int]] = {}
-    for index, row in enumerate(rows):
-        first = index * length
-        stems |= {key: [first + slot for slot in slots] for key, slots in row.stems.items()}
-        paths |= {key: [first + slot for slot in slots] for key, slots in row.paths.items()}
     return Packed(
         ids_BL=_table([row.ids for row in rows], length, pad),
         position_BL=position_BL,
         mask_B1LL=mask_BLL[:, None],
         lengths_B=torch.tensor([len(row.ids) for row in rows]),
-        stems=_by_key(stems),
-        paths=_by_key(paths),
+        stems=_by_key(stems, length),
+        paths=_by_key(paths, length),
     )
 
 
@@ -128,17 +121,27 @@ def _balanced(lengths: Sequence[int], count: int) -> tuple[int, int, Sequence[in
     return longest, longest * count, places
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Piece:
+class _Piece(NamedTuple):
     """A stem and some branches that stay together."""
 
     tree: int
     stem: tuple[int, ...]
     branches: dict[int, tuple[int, ...]]
     """By number, counted over all trees."""
+    length: int
 
-    def __len__(self) -> int:
-        return len(self.stem) + sum(map(len, self.branches.values()))
+
+class _Row(NamedTuple):
+    """A row that is being filled: of each slot, what `Packed` says of it."""
+
+    ids: list[int]
+    positions: list[int]
+    trees: list[int]
+    branches: list[int]
+
+
+_Slots = dict[int, tuple[int, Sequence[int]]]
+"""By the number of a tree or a branch, a row and slots of it."""
 
 
 def _pieces(trees: Sequence[Tree], *, apart: bool) -> list[_Piece]:
@@ -148,43 +151,41 @@ def _pieces(trees: Sequence[Tree], *, apart: bool) -> list[_Piece]:
         numbered = dict(enumerate(tree.branches, start=number))
         number += len(numbered)
         shares = [{key: ids} for key, ids in numbered.items()] if apart else [numbered]
-        pieces += [_Piece(tree=index, stem=tree.stem, branches=share) for share in shares or [{}]]
+        for share in shares or [{}]:
+            length = len(tree.stem) + sum(map(len, share.values()))
+            pieces.append(_Piece(index, tree.stem, share, length))
     return pieces
 
 
-class _Row:
-    """A row that is being filled."""
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.positions: list[int] = []
-        self.trees: list[int] = []
-        self.branches: list[int] = []
-        self.stems: dict[int, range] = {}
-        self.paths: dict[int, list[int]] = {}
-
-    def add(self, piece: _Piece) -> None:
-        """Put a piece behind the others."""
-        stem = self._append(piece.stem, piece.tree, _STEM, 0)
-        self.stems[piece.tree] = stem
-        for key, ids in piece.branches.items():
-            own = self._append(ids, piece.tree, key, len(piece.stem))
-            self.paths[key] = [*stem[-1:], *own]
-
-    def _append(self, ids: Sequence[int], tree: int, branch: int, position: int) -> range:
-        start = len(self.ids)
-        self.ids += ids
-        self.positions += range(position, position + len(ids))
-        self.trees += [tree] * len(ids)
-        self.branches += [branch] * len(ids)
-        return range(start, len(self.ids))
+def _filled(
+    pieces: Sequence[_Piece], places: Sequence[int]
+) -> tuple[Sequence[_Row], _Slots, _Slots]:
+    """Rows of different length, the slots of each tree's stem, and the path of each branch."""
+    rows = [_Row([], [], [], []) for _ in range(1 + max(places))]
+    stems: _Slots = {}
+    paths: _Slots = {}
+    for piece, place in zip(pieces, places, strict=True):
+        row = rows[place]
+        for key, ids in ((_STEM, piece.stem), *piece.branches.items()):
+            slots = range(len(row.ids), len(row.ids) + len(ids))
+            position = 0 if key == _STEM else len(piece.stem)
+            row.ids.extend(ids)
+            row.positions.extend(range(position, position + len(ids)))
+            row.trees.extend([piece.tree] * len(ids))
+            row.branches.extend([key] * len(ids))
+            if key == _STEM:
+                stems[piece.tree] = place, slots
+            else:
+                paths[key] = place, [stems[piece.tree][1][-1], *slots]
+    return rows, stems, paths
 
 
-def _by_key(slots: Mapping[int, Sequence[int]]) -> tuple[Int[Tensor, "..."], ...]:
+def _by_key(slots: _Slots, length: int) -> tuple[Int[Tensor, "..."], ...]:
     """One tensor for each, in the order of the keys: parts of one, which is quick to make."""
     chosen = [slots[key] for key in sorted(slots)]
-    whole = torch.tensor([slot for one in chosen for slot in one], dtype=torch.long)
-    return whole.split([len(one) for one in chosen]) if chosen else ()
+    whole = [place * length + slot for place, own in chosen for slot in own]
+    parts = [len(own) for _, own in chosen]
+    return torch.tensor(whole, dtype=torch.long).split(parts) if chosen else ()
 
 
 def _table(rows: Sequence[list[int]], length: int, fill: int) -> Int[Tensor, "B L"]:
