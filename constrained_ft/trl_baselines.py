@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import datasets
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
@@ -308,7 +307,7 @@ def _prompt_data(session: _Session) -> dict[str, Any]:
     texts = [p.text for i in iterations for p in prompts.of_iteration(i, count, config.seed)]
     session.started = time.monotonic()
     return {
-        "train_dataset": datasets.Dataset.from_dict({"prompt": texts}),
+        "train_dataset": _dataset({"prompt": texts}),
         "reward_funcs": session.rewards,
         "arguments": {
             "num_generations": trl.num_generations,
@@ -317,6 +316,12 @@ def _prompt_data(session: _Session) -> dict[str, Any]:
             "shuffle_dataset": False,
         },
     }
+
+
+def _dataset(columns: Mapping[str, Sequence[object]]) -> Any:
+    from datasets import Dataset  # half a second, which other trainers' runs are spared
+
+    return Dataset.from_dict(columns)
 
 
 def _kto_data(session: _Session) -> dict[str, Any]:
@@ -336,7 +341,7 @@ def _kto_data(session: _Session) -> dict[str, Any]:
     good = sum(bool(row["label"]) for row in rows)
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     return {
-        "train_dataset": datasets.Dataset.from_dict(columns | {"KL_completion_ids": others}),
+        "train_dataset": _dataset(columns | {"KL_completion_ids": others}),
         "arguments": {
             "max_length": None,
             "undesirable_weight": good / max(len(rows) - good, 1),

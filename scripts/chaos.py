@@ -33,7 +33,14 @@ SCENARIOS = {
     "corrupt": (corrupt, 500),
     "soak": (soak, 300),
 }
-SHORT = {"failpoints": 1, "full": 3, "corrupt": 60, "kill": 2, "term": 2, "ranks": 1}
+SHORT = {  # how often, and to which kind of run
+    "failpoints": (1, "overlapped"),
+    "full": (3, "overlapped"),
+    "corrupt": (60, "overlapped"),
+    "kill": (2, "overlapped"),
+    "term": (2, "overlapped"),
+    "ranks": (1, "overlapped peers"),
+}
 
 
 def main() -> int:
@@ -45,25 +52,23 @@ def main() -> int:
     parser.add_argument("--count", type=int, help="how often")
     parser.add_argument("--kind", choices=list(KINDS), help="one kind of run; all otherwise")
     arguments = parser.parse_args()
+    kinds = [arguments.kind] if arguments.kind else list(KINDS)
     chosen = (
-        SHORT
+        {name: (count, [kind]) for name, (count, kind) in SHORT.items()}
         if arguments.what == "short"
         else {
-            name: arguments.count or usual
+            name: (arguments.count or usual, kinds)
             for name, (_, usual) in SCENARIOS.items()
             if arguments.what in (name, "all")
         }
     )
-    kinds = [arguments.kind] if arguments.kind else list(KINDS)
-    if arguments.what == "short":
-        kinds = ["overlapped peers"]
     broken = 0
     print(f"on {socket.gethostname()}, {os.cpu_count()} cores", flush=True)
     with tempfile.TemporaryDirectory(prefix="cft-chaos-") as place:
-        for name, count in chosen.items():
+        for name, (count, those) in chosen.items():
             begun = time.monotonic()
             try:
-                SCENARIOS[name][0](Path(place), count, kinds)
+                SCENARIOS[name][0](Path(place), count, those)
             except Broken as error:
                 print(f"{name}: BROKEN: {error}")
                 broken += 1
