@@ -171,14 +171,14 @@ def test_generate_as_the_sampler_draws_the_same_distribution(shape: str, *, lora
     # A checkpoint's own defaults do not count.
     live.module.generation_config.repetition_penalty = 5.0
     frozen = live.frozen()
-    count = 1500
+    count = 3000
     expected = draw(frozen, n=count, steps=2, batch_size=count)
     with torch.no_grad():  # the frozen copy is what is sampled from
         for parameter in live.trained_parameters().values():
             parameter.zero_()
     found = draw(frozen, n=count, steps=2, batch_size=count, kind="hf")
-    again = draw(frozen, n=count, steps=2, batch_size=count, kind="hf")
-    assert torch.equal(found.ids_NT, again.ids_NT)
+    few, again = (draw(frozen, n=30, steps=2, batch_size=30, kind="hf") for _ in range(2))
+    assert torch.equal(few.ids_NT, again.ids_NT)
     assert live.module.generation_config.repetition_penalty == 5.0
     for prompt_index in range(len(PROMPTS)):
         for step in range(2):
