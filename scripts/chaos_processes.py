@@ -99,11 +99,12 @@ def boundaries(place: Path, count: int, kinds: Sequence[str]) -> None:
 
 def ranks(place: Path, count: int, kinds: Sequence[str]) -> None:
     """One rank dies or fails: all leave soon, the rank is named, --max-restarts continues."""
+    count = min(count, 2)
     for name in kinds:
         if KINDS[name][1] < 2:
             continue
         straight, expected = undisturbed(place, name, 10)
-        for victim in range(2):
+        for victim in range(2 - count, 2):
             run = disturbed(place, straight, f"rank-{name.replace(' ', '-')}-{victim}")
             before = run.log_lines()
             run.start(CHAOS_LATENCY="0.05")
@@ -128,7 +129,7 @@ def ranks(place: Path, count: int, kinds: Sequence[str]) -> None:
         before = again.log_lines()
         again.start(CHAOS_LATENCY="0.05")
         again.await_training(before=before)
-        for attempt in range(min(count, 2)):
+        for attempt in range(count):
             while again.iterations() < 2 * (attempt + 1):
                 time.sleep(0.01)
             os.kill(int(str(again.record(attempt)["pid"])), signal.SIGKILL)
@@ -136,7 +137,7 @@ def ranks(place: Path, count: int, kinds: Sequence[str]) -> None:
         code, said = again.wait()
         require(code == 0, f"{name}: {code} with --max-restarts:\n{said[-2000:]}")
         require(again.digest() == expected, f"{name}: other weights after restarts")
-        print(f"ranks, {name}: {min(count, 2)} deaths under --max-restarts 3, the same to the bit")
+        print(f"ranks, {name}: {count} deaths under --max-restarts 3, the same to the bit")
 
 
 def frozen(place: Path, count: int, kinds: Sequence[str]) -> None:
