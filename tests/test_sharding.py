@@ -1,6 +1,8 @@
 """Ranks with parts of the weights do what one process does; what they leave behind is whole."""
 
+import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -115,6 +117,19 @@ def killed_while_saving(world: World, stop: StopRequest, config: Config, path: P
     train(config, RunFolder(path), Silent(), stop, world)
 
 
+def train_with_a_fault(world: World, stop: StopRequest, config: Config, path: Path) -> None:
+    """The last step's loss is no number, after the steps before it have changed the weights."""
+    usual, steps = finetune.backward_of_step, itertools.count(1)
+    last = config.trainer.iterations * config.trainer.steps_per_iteration
+
+    def backward(*arguments: object, **named: object) -> dict[str, float]:
+        losses = usual(*arguments, **named)  # type: ignore[arg-type]
+        return losses | ({"update/loss": math.nan} if next(steps) == last else {})
+
+    finetune.backward_of_step = backward
+    train(config, RunFolder(path), Silent(), stop, world)
+
+
 def fail_in_a_pass(world: World, stop: StopRequest) -> None:
     usual = finetune._losses_of_pass
 
@@ -181,9 +196,9 @@ def said(folder: Path, iteration: int) -> list[str]:
     return RunFolder(folder).rollouts_file(iteration).read_text().splitlines()
 
 
-def shards(folder: Path) -> dict[tuple[str, str], Tensor]:
-    """All that is in the newest checkpoint's shards, by file and name."""
-    files = sorted((folder / "checkpoints" / "iteration_0003" / "shards").iterdir())
+def shards(folder: Path, iteration: int = 3) -> dict[tuple[str, str], Tensor]:
+    """All that is in a checkpoint's shards, by file and name."""
+    files = sorted((folder / f"checkpoints/iteration_{iteration:04d}/shards").iterdir())
     loaded = {file.name: safetensors.torch.load_file(file) for file in files}
     return {(file, name): t for file, tensors in loaded.items() for name, t in tensors.items()}
 
@@ -241,6 +256,20 @@ def test_runs_are_continued_to_the_bit_and_by_another_number_of_ranks(tmp_path: 
     assert {Path(name).suffix for name in manifest} == {".safetensors", ".json"}
     refuses_what_does_not_fit(newest)
     sees_harm(newest)
+
+
+def test_rollback_takes_the_whole_update_back_on_all_ranks(tmp_path: Path) -> None:
+    config = config_of((*WHOLE_RUN, "guard.on_failure=rollback", "trainer.iterations=2"), 4)
+    folder = begun(config, tmp_path / "run")
+    assert together(train_with_a_fault, 2, config, folder) == [None, None]
+    assert [row.get("update/rolled_back") for row in rows(folder)] == [None, 1.0]
+    before, after = shards(folder, 1), shards(folder, 2)
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert torch.equal(tensor, after[key]), key
+    start = small_parts(config).llm.trained_parameters()
+    whole = {name: one.detach() for name, one in start.items()}
+    assert distance(weights(folder / "final" / "llm"), whole) > 0  # the first update stays
 
 
 def refuses_what_does_not_fit(newest: Path) -> None:
