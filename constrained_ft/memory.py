@@ -74,6 +74,8 @@ def estimate_memory(llm: LLM, prompts: Prompts, config: Config, evaluation: int 
     # out of the cache, which copies what stays.
     again = evaluation + _cache_bytes(llm, config) if evaluation else 0
     others = held + max(again, _sampling_bytes(llm, config), _export_bytes(llm, config))
+    # What samples is a copy of what is trained; measuring the fine-tuned model needs two.
+    others += 4 * _num_trained(llm)
     whole = _training_bytes(llm, config) + max(update, others)
     return max(whole, peak_memory(llm.device) or 0)
 
@@ -122,16 +124,19 @@ def update_fits(llm: LLM, prompts: Prompts, config: Config) -> bool:
 
 
 def _training_bytes(llm: LLM, config: Config) -> int:
-    """Gradients, moments, frozen copies of what is trained, and rollouts that are kept."""
-    trained = sum(parameter.numel() for parameter in llm.trained_parameters().values())
+    """Moments of what is trained, and rollouts that are kept."""
     prompts, width = config.prompts, llm.head.weight_VD.shape[1]
     kept = config.auxiliary.replay_iterations + 2
     tokens = prompts.prompts_per_iteration * prompts.samples_per_prompt * prompts.max_new_tokens
-    return 4 * 5 * trained + kept * tokens * width * _state_bytes(llm)
+    return 4 * 2 * _num_trained(llm) + kept * tokens * width * _state_bytes(llm)
+
+
+def _num_trained(llm: LLM) -> int:
+    return sum(parameter.numel() for parameter in llm.trained_parameters().values())
 
 
 def _update_bytes(llm: LLM, prompts: Prompts, config: Config) -> int:
-    """Activations of one pass and one chunk of logits."""
+    """Gradients, activations of one pass, one chunk of logits, and the reference's head."""
     text, size = llm.module.config.get_text_config(), len(llm.head.weight_VD)
     tokens = sum(len(tree.stem) for tree in _largest_batch(llm, prompts, config))
     token_bytes = activation_bytes(llm)
@@ -140,7 +145,9 @@ def _update_bytes(llm: LLM, prompts: Prompts, config: Config) -> int:
         layers = text.num_hidden_layers
         token_bytes = token_bytes / layers + layers * text.hidden_size * _state_bytes(llm)
     buffers = _BUFFERS + config.num_auxiliaries
-    return int(tokens * token_bytes) + 4 * buffers * chunk_rows_for(size, llm.device) * size
+    logits = buffers * chunk_rows_for(size, llm.device) * size
+    head = llm.head.weight_VD.numel() * llm.head.weight_VD.requires_grad  # copied if trained
+    return int(tokens * token_bytes) + 4 * (_num_trained(llm) + logits + head)
 
 
 def _sampling_bytes(llm: LLM, config: Config) -> int:

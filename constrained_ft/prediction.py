@@ -15,8 +15,7 @@ from constrained_ft.cost import Demand, Layout, Number, Shape, Sharding, Work
 # Numbers kept for each one of a layer's states: its norms frozen, or trained. For each one that its
 # products give: in float32, or in bfloat16.
 _NORMS, _COPIES = (4, 6), (1.5, 1.95)
-_KEPT = 3  # float32 numbers for each trained one: gradient, two moments
-_COPIED = 2  # and its frozen copies; where weights are divided, these are whole and pass
+_MOMENTS = 2  # float32 numbers for each trained one; its gradient comes to them in an update
 _LOSS_BUFFERS, _SAMPLING_BUFFERS = 3, 4  # float32 logits of a chunk and of a batch at once
 _CHUNK_BYTES, _FEWEST_ROWS = 2**27, (128, 512)  # of the logits of a chunk; on CPUs and on GPUs
 
@@ -258,14 +257,20 @@ def memory(shape: Shape, work: Work, layout: Layout, device: Device) -> dict[str
     sampled = {
         "keys and values": 2.0 * places * shape.layers * shape.keys * work.state_bytes,
         "logits": 4.0 * _SAMPLING_BUFFERS * rows * size,
-        "whole weights": base * shape.parameters * (shards > 1),
     }
+    for passes in (updating, sampled):
+        passes["unused"] = device.unused * sum(passes.values())
+    # The reference keeps a copy of a head that is trained; what samples is a copy of all. Shards
+    # are fetched instead.
+    updating["gradients"] = 4.0 * shape.trained / shards
+    updating["reference's head"] = 4.0 * size * width * (shape.adapters == 0)
+    sampled["frozen copy"] = 4.0 * shape.trained * (shards == 1)
+    sampled["whole weights"] = base * shape.parameters * (shards > 1)
     last = max((updating, sampled), key=lambda one: sum(one.values()))
-    last["unused"] = device.unused * sum(last.values())
     kept = {
         "libraries": device.libraries,
         "weights": base * shape.parameters / shards + head,
-        "training": 4.0 * (_KEPT + _COPIED * (shards == 1)) * shape.trained / shards,
+        "moments": 4.0 * _MOMENTS * shape.trained / shards,
         "rollouts": rollouts,
         "auxiliary": 4.0 * size * (width + 3 * work.rank),
     }

@@ -212,12 +212,18 @@ def test_memory_beside_the_estimate_of_a_run(deep: LLMConfig) -> None:
     held = prediction.memory(shape_of(deep), work, Layout(), DEVICES["h100"])
     trained = shape_of(deep).parameters
     assert held["weights"] == 4 * trained
-    assert held["training"] == 20 * trained
+    assert held["moments"] == 8 * trained
+    assert held["gradients"] == 4 * trained
+    assert held["reference's head"] == 4 * shape_of(deep).vocabulary * shape_of(deep).hidden
     many = replace(work, prompts=10_000, batch=100_000)  # sampling is at the peak
     layout = Layout(ranks=4, sharding="fsdp2")
     sampling = prediction.memory(shape_of(deep), many, layout, DEVICES["h100"])
     assert sampling["whole weights"] == 4 * trained
-    assert sampling["training"] == 3 * trained
+    assert sampling["moments"] == 2 * trained
+    assert "frozen copy" not in sampling
+    assert prediction.memory(shape_of(deep), many, Layout(), DEVICES["h100"])["frozen copy"] == (
+        4 * trained
+    )
 
 
 def test_a_dry_run_shows_what_an_iteration_takes(cft: Cft) -> None:
