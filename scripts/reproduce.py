@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from constrained_ft import metrics
 from constrained_ft.intervals import Interval, bootstrap
@@ -393,6 +394,7 @@ def plot(rows: Sequence[Row], file: Path) -> None:
         axes.annotate(row.label, (xs[0], ys[0]), xytext=(6, 4), textcoords="offset points")
     axes.set(xlabel="perplexity of held-out news", ylabel="toxic, % (log)", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.margins(0.12)
     axes.grid(alpha=0.3)
