@@ -37,7 +37,7 @@ SHORT = {  # how often, and to which kind of run
     "failpoints": (1, "overlapped"),
     "full": (3, "overlapped"),
     "corrupt": (60, "overlapped"),
-    "kill": (1, "overlapped"),
+    "kill": (2, "overlapped"),
     "term": (2, "overlapped"),
     "ranks": (1, "overlapped peers"),
 }

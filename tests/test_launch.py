@@ -210,7 +210,7 @@ def test_peers_without_processes_are_refused_before_anything_starts(tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1200)  # a single run that hangs is named by the script, after 600 s
 def test_trouble_of_every_kind_loses_nothing() -> None:
     ran = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "chaos.py"), "short"],
