@@ -11,9 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from sklearn.metrics import accuracy_score, f1_score
+from test_detection import detection_of
+from transformers import PreTrainedTokenizerBase
 
 from constrained_ft import sizing
 from constrained_ft.compose import compose
+from constrained_ft.detection import load_questions
+from constrained_ft.tiny import byte_tokenizer, tiny_model
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -121,3 +127,55 @@ def test_a_dry_run_reckons_with_what_was_fitted_and_every_case_composes() -> Non
     page = (SCRIPTS.parent / "docs" / "scaling.md").read_text()
     assert check.check_table(check.rows_of_file(), sizing.REACHED, sizing.UNUSED) in page
     assert check.plan_table() in page
+
+
+@pytest.fixture(scope="module")
+def classifiers() -> ModuleType:
+    return loaded("compare_classifiers")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[str, PreTrainedTokenizerBase]:
+    tokenizer = byte_tokenizer()
+    tiny_model("llama", seed=0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model"), tokenizer
+
+
+def test_a_classification_head_is_tuned_and_tells_texts_apart(
+    classifiers: ModuleType,
+    saved: tuple[str, PreTrainedTokenizerBase],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(classifiers, "RATE", 5e-3)
+    config = detection_of(tmp_path)
+    untuned, tuned = (
+        classifiers.classifiers(saved[0], config, [0, 1], epochs) for epochs in (0, 6)
+    )
+    assert all(one.measures["AUROC"].mean < 0.75 for one in untuned)
+    assert all(one.measures["AUROC"].mean > 0.95 for one in tuned)
+    rows = list(classifiers.table({"untuned": untuned, "tuned": tuned}))
+    assert rows[2].startswith("| untuned | ")
+    labels = [text in tuned[0].positives for text in tuned[0].scores]
+    called = [[score >= one.threshold for score in one.scores.values()] for one in tuned]
+    for place, measure in ((2, f1_score), (4, accuracy_score)):
+        mean = np.mean([measure(labels, one) for one in called])
+        assert rows[3].split(" | ")[place - 1].startswith(f"{mean:.3f} (")
+    better = np.mean([one.measures["AUROC"].mean for one in tuned]) - np.mean(
+        [one.measures["AUROC"].mean for one in untuned]
+    )
+    assert rows[3].split(" | ")[5].startswith(f"{100 * better:+.1f} (")
+
+
+@torch.no_grad()
+def test_the_head_reads_the_last_token_as_transformers_does(
+    classifiers: ModuleType, saved: tuple[str, PreTrainedTokenizerBase], tmp_path: Path
+) -> None:
+    folder, tokenizer = saved
+    classifier = classifiers.Classifier(folder, seed=0)
+    questions = load_questions(detection_of(tmp_path), tokenizer, None).held_out[:7]
+    ours = classifier.tell_apart(questions)
+    for one in questions:
+        theirs = classifier.module(input_ids=torch.tensor([one.token_ids])).logits[0]
+        assert ours[one.id] == pytest.approx(float(theirs[1] - theirs[0]), abs=0.02)
