@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import time_to_reduction
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
@@ -36,6 +37,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
 RECORDS = ROOT / "docs" / "results.jsonl"
 FRONT = ROOT / "docs" / "results_front.svg"
+TIMED = ROOT / "docs" / "time_to_reduction.json"
+CURVES = ROOT / "docs" / "time_to_reduction.svg"
 CFT = [sys.executable, "-m", "constrained_ft.cli.main"]
 ITERATIONS = 30
 GLANCE = ["evaluation.max_prompts=16", "evaluation.samples_per_prompt=4"]
@@ -416,6 +419,11 @@ def render() -> None:
             lines += [f"![toxic share against perplexity]({FRONT.name})", ""]
             lines += [*_benchmarks()]
         lines += [*_detection(rows)]
+    if TIMED.exists():
+        tree = json.loads(TIMED.read_text(encoding="utf-8"))
+        time_to_reduction.plot(tree, CURVES)
+        lines += ["## Time to half of the violations", "", TIME, "", *time_to_reduction.page(tree)]
+        lines += ["", f"![violations over time and over completions]({CURVES.name})", ""]
     lines += ["## What a cell costs", "", COSTS, "", *_costs(), ""]
     lines += ["## Every cell", "", *_commands()]
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -533,6 +541,11 @@ COSTS = """\
 Cells ran one by one on one of the machine's two cores, with other work on the second, which slows
 the first as well, unevenly: seconds are noisy by up to a factor of two. Completions and tokens are
 not."""
+TIME = """\
+How long, and how many scored completions, until half as many completions of held-out prompts
+violate the constraint as the base model's, with the corpus's perplexity at most 2 % above the
+base's. Every method gets as many trials of its settings; the clock stops while it is measured
+([evaluation.md](evaluation.md#what-training-has-cost))."""
 TITLES = {
     "toxic": "A corpus rich in toxic text",
     "clean": "A clean corpus",

@@ -11,22 +11,27 @@ the measurements crosses the half, if the perplexity is then at most 2 % above t
 
 Each method gets the same number of trials with the first seed, listed in `TRIALS`; the quickest one
 is repeated with the other seeds. Finished trials are kept in OUT: the same command goes on after an
-interruption, and after `--minutes` begins no other trial. OUT/result.json holds every measurement,
-OUT/result.md the table. Overrides hold for every run, `experiment=smoke` to try it out.
+interruption, and after `--minutes` begins no other trial. OUT/result.json holds every measurement;
+copied to docs/time_to_reduction.json it is what `scripts/reproduce.py render` shows. Overrides hold
+for every run, `experiment=smoke` to try it out.
 `trainer.corpus=false` leaves out the corpus, whose tokens GRPO by itself would not train on.
 """
 
 import argparse
 import json
+import shlex
 import shutil
 import statistics
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from matplotlib.figure import Figure
 
 from constrained_ft.compose import compose
 from constrained_ft.config import Config
@@ -209,8 +214,12 @@ def run_trial(yardstick: Yardstick, base: Point, name: str, overrides: Sequence[
     finally:
         started.close()
     shutil.rmtree(started.checkpoints)
+    made = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     tree = {
         "overrides": list(overrides),
+        "commit": made["git_revision"],
+        "machine": f"{made['processor']}, {made['threads']} threads, "
+        f"torch {made['versions']['torch']}",
         "ended": reason,
         "crossing": crossing(base, watch.points),
         "points": [asdict(point) for point in watch.points],
@@ -219,35 +228,16 @@ def run_trial(yardstick: Yardstick, base: Point, name: str, overrides: Sequence[
     return file
 
 
-def report(out: Path, base: Point, files: Mapping[str, Mapping[str, Path]], seed: int) -> None:
-    """Write the result: every trial, and the quickest of each method over all seeds."""
+def result(
+    base: Point, files: Mapping[str, Mapping[str, Path]], seed: int, words: Sequence[str]
+) -> dict[str, Any]:
+    """Every trial, and of each method the quickest over all seeds; for JSON."""
     trials = {
         method: {name: json.loads(file.read_text()) for name, file in found.items()}
         for method, found in files.items()
     }
-    lines = [
-        f"Base: {base.violation:.1%} violate, toxicity {base.toxicity:.3f}, perplexity "
-        f"{base.perplexity:.2f}. Half: {base.violation / 2:.1%}.",
-        "",
-        "| trial | seconds | scored completions | other scored texts | trained tokens | perplexity "
-        "| tokens of a completion |",
-        "| --- " * 7 + "|",
-    ]
     medians: dict[str, dict[str, float]] = {}
     for method, found in trials.items():
-        for name, trial in found.items():
-            at = trial["crossing"]
-            title = f"{name}: {' '.join(_own(trial['overrides']))}"
-            if at is None:
-                spent = max((point["seconds"] for point in trial["points"]), default=0.0)
-                lines.append(f"| {title} | not in {spent:.0f} | | | | | |")
-                continue
-            mark = "" if counts(trial, base) else " (too high)"
-            lines.append(
-                f"| {title} | {at['seconds']:.0f} | {at['scored_samples']:,.0f} | "
-                f"{at['scored_texts']:,.0f} | {at['trained_tokens']:,.0f} | "
-                f"{at['perplexity']:.2f}{mark} | {at['length']:.1f} |"
-            )
         chosen = quickest(found, base, seed)
         same = [t for n, t in found.items() if chosen and n.split("-seed")[0] == chosen]
         if same and all(counts(trial, base) for trial in same):
@@ -255,19 +245,112 @@ def report(out: Path, base: Point, files: Mapping[str, Mapping[str, Path]], seed
                 key: statistics.median(trial["crossing"][key] for trial in same)
                 for key in ("seconds", "scored_samples")
             }
-    lines.append("")
-    for method in medians.keys() - {"cft"}:
-        if "cft" in medians:
-            ratios = {k: medians["cft"][k] / medians[method][k] for k in medians[method]}
-            lines.append(
-                f"cft / {method}, medians of the quickest trial over its seeds: "
-                f"{ratios['seconds']:.2f} of the time, {ratios['scored_samples']:.2f} of the "
-                "scored completions."
-            )
-    tree = {"base": asdict(base), "trials": trials, "medians": medians}
-    write_atomically(out / "result.json", json.dumps(tree, indent=2) + "\n")
-    write_atomically(out / "result.md", "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    return {
+        "command": shlex.join(["python", "scripts/time_to_reduction.py", *words]),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "base": asdict(base),
+        "trials": trials,
+        "medians": medians,
+    }
+
+
+def page(tree: Mapping[str, Any]) -> Iterator[str]:
+    """A result in Markdown."""
+    base = Point(**tree["base"])
+    trials = [trial for found in tree["trials"].values() for trial in found.values()]
+    for made in dict.fromkeys(f"{one['machine']}, commit {one['commit'][:9]}" for one in trials):
+        yield f"`{tree['command']}`: {tree['date']}, {made}."
+    yield ""
+    yield (
+        f"Base: {base.violation:.1%} violate, mean toxicity {base.toxicity:.3f}, perplexity "
+        f"{base.perplexity:.2f}. Half: {base.violation / 2:.1%}."
+    )
+    yield ""
+    yield (
+        "| trial | seconds | scored completions | other scored texts | trained tokens | perplexity "
+        "| tokens of a completion |"
+    )
+    yield "| --- " * 7 + "|"
+    for found in tree["trials"].values():
+        for name, trial in found.items():
+            yield _row(name, trial, base)
+    yield ""
+    ours = tree["medians"].get("cft")
+    for method, found in tree["trials"].items():
+        if method != "cft" and ours is not None and found:
+            yield f"- {_beside(ours, method, found, tree['medians'].get(method))}"
+
+
+def _row(name: str, trial: Mapping[str, Any], base: Point) -> str:
+    title = f"{name}: {' '.join(_own(trial['overrides']))}"
+    at = trial["crossing"]
+    if at is None:
+        spent = _spent(trial)
+        return (
+            f"| {title} | not in {spent['seconds']:.0f} | not in {spent['scored_samples']:,.0f} | "
+            f"{spent['scored_texts']:,.0f} | {spent['trained_tokens']:,.0f} | "
+            f"{spent['perplexity']:.2f} | {spent['length']:.1f} |"
+        )
+    mark = "" if counts(trial, base) else " (too high)"
+    return (
+        f"| {title} | {at['seconds']:.0f} | {at['scored_samples']:,.0f} | "
+        f"{at['scored_texts']:,.0f} | {at['trained_tokens']:,.0f} | "
+        f"{at['perplexity']:.2f}{mark} | {at['length']:.1f} |"
+    )
+
+
+def _spent(trial: Mapping[str, Any]) -> dict[str, float]:
+    """Where a trial stood when it ended."""
+    last: dict[str, float] = dict.fromkeys(Point.__annotations__, 0.0)
+    return last | (trial["points"][-1] if trial["points"] else {})
+
+
+def _beside(
+    ours: Mapping[str, float],
+    method: str,
+    found: Mapping[str, Mapping[str, Any]],
+    medians: Mapping[str, float] | None,
+) -> str:
+    names = ("seconds", "scored_samples")
+    if medians is not None:
+        time_, scored = (ours[name] / medians[name] for name in names)
+        return (
+            f"cft / {method}, medians of the quickest trial over its seeds: {time_:.2f} of the "
+            f"time, {scored:.2f} of the scored completions."
+        )
+    longest = max((_spent(trial) for trial in found.values()), key=lambda spent: spent["seconds"])
+    time_, scored = (ours[name] / max(longest[name], 1e-9) for name in names)
+    return (
+        f"cft / {method}, whose trials did not come to half with the language kept: less than "
+        f"{time_:.2f} of the time, less than {scored:.2f} of the scored completions, "
+        "if the longest trial had got there at its end."
+    )
+
+
+def plot(tree: Mapping[str, Any], file: Path) -> None:
+    """Violations over the clock and over scored completions, every trial a line."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    titles = {"seconds": "seconds of training", "scored_samples": "scored completions"}
+    base = tree["base"]
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        for number, (method, found) in enumerate(tree["trials"].items()):
+            for place, trial in enumerate(found.values()):
+                curve = [base, *trial["points"]]
+                axes.plot(
+                    [point[name] for point in curve],
+                    [100 * point["violation"] for point in curve],
+                    color=f"C{number}",
+                    marker=".",
+                    alpha=0.8,
+                    label=method if place == 0 else None,
+                )
+        axes.axhline(50 * base["violation"], color="grey", linestyle=":")
+        axes.set(xlabel=title, xlim=(0, None), ylim=(0, None))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("violating, %")
+    panels[1].legend()
+    figure.savefig(file)
 
 
 def quickest(found: Mapping[str, Mapping[str, Any]], base: Point, seed: int) -> str | None:
@@ -329,7 +412,10 @@ def main() -> None:
             chosen = quickest(found, base, first)
             if chosen is not None:
                 trial(method, int(chosen.rpartition("-")[2]), seed)
-    report(options.out, base, files, first)
+    tree = result(base, files, first, sys.argv[1:])
+    write_atomically(options.out / "result.json", json.dumps(tree, indent=2) + "\n")
+    plot(tree, options.out / "result.svg")
+    print("\n".join(page(tree)))
 
 
 if __name__ == "__main__":

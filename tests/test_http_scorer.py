@@ -1,6 +1,5 @@
 """The HTTP scorer against a real local server that misbehaves."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import faulty_service
 import pytest
 from small import SMALL
 
@@ -31,18 +31,6 @@ from constrained_ft.scorers import (
 
 ROOT = Path(__file__).parent.parent
 SECRET = "canary-7f3a-of-the-tests"
-
-
-def _module() -> Any:
-    spec = importlib.util.spec_from_file_location("faulty", ROOT / "scripts" / "faulty_service.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-faulty = _module()
 
 
 def config(url: str, **keys: Any) -> HttpScorerConfig:
@@ -167,9 +155,11 @@ def test_ranges_and_directions(server: Scripted) -> None:
 
 def test_a_faulty_service_gives_the_scores_of_a_sound_one() -> None:
     texts = [f"text number {i}" + "a" * (i % 7) for i in range(400)]
-    with faulty.FaultyService(latency=0.0, hang=0.7) as service:
+    with faulty_service.FaultyService(latency=0.0, hang=0.7) as service:
         scorer = build_scorer(config(service.url, batch_size=8, in_flight=16))
-        assert score_all(scorer, ["p"] * 400, texts) == [faulty.truth(text) for text in texts]
+        assert score_all(scorer, ["p"] * 400, texts) == [
+            faulty_service.truth(text) for text in texts
+        ]
         assert sum(service.seen.values()) <= 1.6 * 400
         assert len(service.seen) > 5
 
@@ -263,14 +253,14 @@ def test_a_service_that_is_down_is_waited_for_and_then_given_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("constrained_ft.service._FIRST_PATIENCE", 1.0)
-    with faulty.FaultyService(faulty=False) as service:
+    with faulty_service.FaultyService(faulty=False) as service:
         port = service.port
     scorer = build_scorer(config(f"http://127.0.0.1:{port}/", patience=20.0, in_flight=4))
     begun = time.monotonic()
     with pytest.raises(ScorerError, match="ConnectError"):  # before training: not for long
         probe(scorer)
     assert time.monotonic() - begun < 4
-    with faulty.FaultyService(port, faulty=False):
+    with faulty_service.FaultyService(port, faulty=False):
         probe(scorer)
     # It goes down and comes back: nothing is lost.
     found: list[Any] = []
@@ -278,10 +268,10 @@ def test_a_service_that_is_down_is_waited_for_and_then_given_up(
     asking = threading.Thread(target=lambda: found.extend(valid(scorer, ["p"] * 40, texts)))
     asking.start()
     time.sleep(1.5)
-    with faulty.FaultyService(port, faulty=False) as service:
+    with faulty_service.FaultyService(port, faulty=False) as service:
         asking.join(20)
         tries = sum(service.seen.values())
-    assert found == [Score(faulty.truth(text)) for text in texts]
+    assert found == [Score(faulty_service.truth(text)) for text in texts]
     assert tries <= 20
     # It is gone for good: all are given up together, not one after the other.
     scorer = build_scorer(config(f"http://127.0.0.1:{port}/", patience=1.0, in_flight=4))
@@ -292,7 +282,7 @@ def test_a_service_that_is_down_is_waited_for_and_then_given_up(
 
 
 def test_waiting_ends_when_it_is_cancelled() -> None:
-    with faulty.FaultyService(faulty=False) as service:
+    with faulty_service.FaultyService(faulty=False) as service:
         scorer = build_scorer(config(service.url, patience=60.0))
         probe(scorer)
     threading.Timer(0.5, scorer.cancel).start()  # type: ignore[attr-defined]
@@ -377,7 +367,7 @@ def train(
 
 
 def test_a_run_leaks_no_key_and_a_second_one_asks_for_nothing(tmp_path: Path) -> None:
-    with faulty.FaultyService(faulty=False, latency=0.0) as service:
+    with faulty_service.FaultyService(faulty=False, latency=0.0) as service:
         ran = train(
             *(tmp_path, service.url, "output_dir=one", "constraint.satisfied_at=0.2"),
             flags=("--debug", "-v"),
@@ -403,7 +393,7 @@ def test_a_run_leaks_no_key_and_a_second_one_asks_for_nothing(tmp_path: Path) ->
 
 
 def test_a_service_that_is_gone_for_good_ends_the_run_resumably(tmp_path: Path) -> None:
-    with faulty.FaultyService(faulty=False, latency=0.0) as service:
+    with faulty_service.FaultyService(faulty=False, latency=0.0) as service:
         url = service.url
 
         def leave() -> None:
@@ -421,7 +411,7 @@ def test_a_service_that_is_gone_for_good_ends_the_run_resumably(tmp_path: Path) 
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 4)
     assert status["iteration"] >= 1
-    with faulty.FaultyService(service.port, faulty=False, latency=0.0):
+    with faulty_service.FaultyService(service.port, faulty=False, latency=0.0):
         again = train(tmp_path, url, *keys, "trainer.iterations=20", "--resume", "run")
     assert again.returncode == 0, again.stderr
 

@@ -1,16 +1,18 @@
 """Scripts that measure: their runs compose, their pages say what was measured, the law holds."""
 
-import importlib.util
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import check_cost
+import compare_classifiers
+import lambda_law
 import numpy as np
 import pytest
+import reproduce
+import time_to_reduction
 import torch
 from sklearn.metrics import accuracy_score, f1_score
 from test_detection import detection_of
@@ -21,26 +23,11 @@ from constrained_ft.compose import compose
 from constrained_ft.detection import load_questions
 from constrained_ft.tiny import byte_tokenizer, tiny_model
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def loaded(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return loaded("reproduce")
-
-
-def test_every_cell_is_a_run_of_its_own_that_composes(script: ModuleType) -> None:
-    cells = script.cells()
+def test_every_cell_is_a_run_of_its_own_that_composes() -> None:
+    cells = reproduce.cells()
     assert len({cell.name for cell in cells}) == len(cells)
     for cell in cells:
         command, *overrides = cell.train(Path("root"))
@@ -49,8 +36,8 @@ def test_every_cell_is_a_run_of_its_own_that_composes(script: ModuleType) -> Non
         assert Path(config.output_dir) == Path("root") / cell.name
         assert config.seed == cell.seed
         steps = config.trainer.iterations * config.trainer.steps_per_iteration
-        assert steps == 2 * script.ITERATIONS
-    main = [cell for cell in cells if cell.scenario == "toxic" and cell.method in script.MAIN]
+        assert steps == 2 * reproduce.ITERATIONS
+    main = [cell for cell in cells if cell.scenario == "toxic" and cell.method in reproduce.MAIN]
     assert sorted({cell.seed for cell in main}) == [0, 1, 2]
 
 
@@ -65,9 +52,7 @@ def model(shares: dict[str, float], perplexity: float) -> dict[str, Any]:
     }
 
 
-def test_the_page_says_what_was_measured(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_page_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = {f"p{i}": 0.2 + 0.01 * (i % 3) for i in range(40)}
     controlled = {name: share - 0.15 for name, share in plain.items()}
     measured = {
@@ -86,14 +71,14 @@ def test_the_page_says_what_was_measured(
         (folder / "environment.json").write_text(json.dumps(made | {"git_revision": "0123abc"}))
         (folder / "status.json").write_text(json.dumps({"state": "finished"}))
     for what, file in (("PAGE", "results.md"), ("FRONT", "front.svg"), ("RECORDS", "r.jsonl")):
-        monkeypatch.setattr(script, what, tmp_path / file)
+        monkeypatch.setattr(reproduce, what, tmp_path / file)
     for name in measured:
-        script.run(tmp_path, name, math.inf)
+        reproduce.run(tmp_path, name, math.inf)
     # What stands in the file is not done again, and needs the folders no longer.
     for name in measured:
         shutil.rmtree(tmp_path / name)
-        script.run(tmp_path, name, math.inf)
-    script.render()
+        reproduce.run(tmp_path, name, math.inf)
+    reproduce.render()
     page = (tmp_path / "results.md").read_text(encoding="utf-8")
     (row,) = [line for line in page.splitlines() if line.startswith("| cft |")]
     # Two seeds: 5.97 % and 8 %; 15 and 13 points below plain fine-tuning on every prompt.
@@ -111,27 +96,65 @@ def test_the_page_says_what_was_measured(
 
 @pytest.mark.slow
 def test_training_comes_to_rest_where_the_law_of_lambda_says() -> None:
-    corpus, measured = loaded("lambda_law").rest(3.0, "trainer.iterations=8")
+    corpus, measured = lambda_law.rest(3.0, "trainer.iterations=8")
     assert 0.5 < corpus < 0.8
     assert measured == pytest.approx((corpus + 3) / 4, abs=0.02)
 
 
 @pytest.mark.slow
 def test_a_dry_run_reckons_with_what_was_fitted_and_every_case_composes() -> None:
-    check = loaded("check_cost")
-    for case in check.CASES.values():
-        compose([*check.SHORT, *case.overrides])
-    fitted = check.rows_of_file()[check.FITTED]
-    assert check.reached_by(fitted) == sizing.REACHED
-    assert check.unused_by(fitted) == sizing.UNUSED
-    page = (SCRIPTS.parent / "docs" / "scaling.md").read_text()
-    assert check.check_table(check.rows_of_file(), sizing.REACHED, sizing.UNUSED) in page
-    assert check.plan_table() in page
+    for case in check_cost.CASES.values():
+        compose([*check_cost.SHORT, *case.overrides])
+    fitted = check_cost.rows_of_file()[check_cost.FITTED]
+    assert check_cost.reached_by(fitted) == sizing.REACHED
+    assert check_cost.unused_by(fitted) == sizing.UNUSED
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    assert check_cost.check_table(check_cost.rows_of_file(), sizing.REACHED, sizing.UNUSED) in page
+    assert check_cost.plan_table() in page
 
 
-@pytest.fixture(scope="module")
-def classifiers() -> ModuleType:
-    return loaded("compare_classifiers")
+def points(*rows: tuple[float, float, float, float]) -> list[dict[str, float]]:
+    """By seconds, scored completions, violations and perplexity."""
+    names = ("seconds", "scored_samples", "violation", "perplexity")
+    rest = {"scored_texts": 0.0, "trained_tokens": 0.0, "toxicity": 0.1, "length": 18.0}
+    return [dict(zip(names, row, strict=True)) | rest for row in rows]
+
+
+def test_the_time_to_half_is_where_two_measurements_in_a_row_are_below_it(tmp_path: Path) -> None:
+    base = time_to_reduction.Point(**points((0, 0, 0.2, 30))[0])
+    curves = {
+        # Below half from the line between 20 s and 40 s on; one measurement below is chance.
+        "cft": {
+            "cft-0-seed0": points((20, 64, 0.15, 30), (40, 128, 0.05, 30), (60, 192, 0.05, 30))
+        },
+        "grpo": {"grpo-0-seed0": points((50, 64, 0.09, 30), (90, 128, 0.19, 30))},
+        "rloo": {
+            "rloo-0-seed0": points((100, 64, 0.1, 31), (110, 99, 0.1, 31)),
+            "rloo-1-seed0": points((200, 256, 0.1, 30), (210, 300, 0.1, 30)),
+        },
+    }
+    files: dict[str, dict[str, Path]] = {}
+    for method, trials in curves.items():
+        for name, curve in trials.items():
+            file = tmp_path / f"{name}.json"
+            found = time_to_reduction.crossing(
+                base, [time_to_reduction.Point(**one) for one in curve]
+            )
+            made = {"commit": "0123456789", "machine": "a CPU", "overrides": ["trainer.x=1"]}
+            file.write_text(json.dumps(made | {"crossing": found, "points": curve}))
+            files.setdefault(method, {})[name] = file
+    tree = time_to_reduction.result(base, files, 0, ["OUT"])
+    page = "\n".join(time_to_reduction.page(json.loads(json.dumps(tree))))
+    assert "| cft-0-seed0: x=1 | 30 | 96 |" in page
+    assert "| grpo-0-seed0: x=1 | not in 90 | not in 128 |" in page
+    assert "31.00 (too high)" in page  # more than 2 % above 30, so the slower trial counts
+    assert (
+        "cft / rloo, medians of the quickest trial over its seeds: 0.15 of the time, 0.38" in page
+    )
+    assert "cft / grpo, whose trials did not come to half" in page
+    assert "less than 0.33 of the time, less than 0.75 of the scored" in page
+    time_to_reduction.plot(tree, tmp_path / "curves.svg")
+    assert (tmp_path / "curves.svg").stat().st_size > 1000
 
 
 @pytest.fixture
@@ -143,19 +166,18 @@ def saved(tmp_path: Path) -> tuple[str, PreTrainedTokenizerBase]:
 
 
 def test_a_classification_head_is_tuned_and_tells_texts_apart(
-    classifiers: ModuleType,
     saved: tuple[str, PreTrainedTokenizerBase],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(classifiers, "RATE", 5e-3)
+    monkeypatch.setattr(compare_classifiers, "RATE", 5e-3)
     config = detection_of(tmp_path)
     untuned, tuned = (
-        classifiers.classifiers(saved[0], config, [0, 1], epochs) for epochs in (0, 6)
+        compare_classifiers.classifiers(saved[0], config, [0, 1], epochs) for epochs in (0, 6)
     )
     assert all(one.measures["AUROC"].mean < 0.75 for one in untuned)
     assert all(one.measures["AUROC"].mean > 0.95 for one in tuned)
-    rows = list(classifiers.table({"untuned": untuned, "tuned": tuned}))
+    rows = list(compare_classifiers.table({"untuned": untuned, "tuned": tuned}))
     assert rows[2].startswith("| untuned | ")
     labels = [text in tuned[0].positives for text in tuned[0].scores]
     called = [[score >= one.threshold for score in one.scores.values()] for one in tuned]
@@ -170,10 +192,10 @@ def test_a_classification_head_is_tuned_and_tells_texts_apart(
 
 @torch.no_grad()
 def test_the_head_reads_the_last_token_as_transformers_does(
-    classifiers: ModuleType, saved: tuple[str, PreTrainedTokenizerBase], tmp_path: Path
+    saved: tuple[str, PreTrainedTokenizerBase], tmp_path: Path
 ) -> None:
     folder, tokenizer = saved
-    classifier = classifiers.Classifier(folder, seed=0)
+    classifier = compare_classifiers.Classifier(folder, seed=0)
     questions = load_questions(detection_of(tmp_path), tokenizer, None).held_out[:7]
     ours = classifier.tell_apart(questions)
     for one in questions:
