@@ -131,6 +131,11 @@ OTHERS = (
     ),
     Method(name="rloo", overrides=("trainer=rloo",), note="TRL's"),
     Method(name="kto", overrides=("trainer=kto",), note="TRL's"),
+    Method(
+        name="cft-filtered",
+        overrides=("trainer.filter_corpus=true",),
+        note="cft on what `filtered` leaves of the corpus",
+    ),
     Method(name="lambda-4", overrides=("trainer.kl_weight=4",)),
     Method(name="lambda-40", overrides=("trainer.kl_weight=40",)),
 )
