@@ -41,6 +41,7 @@ TIMED = ROOT / "docs" / "time_to_reduction.json"
 CURVES = ROOT / "docs" / "time_to_reduction.svg"
 CFT = [sys.executable, "-m", "constrained_ft.cli.main"]
 ITERATIONS = 30
+AS_LONG = 80  # iterations of plain training that take about the time of so many of cft
 GLANCE = ["evaluation.max_prompts=16", "evaluation.samples_per_prompt=4"]
 MEASURE = ["--samples-per-prompt", "12", "--max-prompts", "160"]
 
@@ -135,6 +136,18 @@ OTHERS = (
         name="cft-filtered",
         overrides=("trainer.filter_corpus=true",),
         note="cft on what `filtered` leaves of the corpus",
+    ),
+    Method(
+        name="filtered-longer",
+        overrides=("trainer=filtered",),
+        iterations=AS_LONG,
+        note="filtered, for about as many seconds as cft",
+    ),
+    Method(
+        name="sft-longer",
+        overrides=("trainer=sft",),
+        iterations=AS_LONG,
+        note="sft, for about as many seconds as cft",
     ),
     Method(name="lambda-4", overrides=("trainer.kl_weight=4",)),
     Method(name="lambda-40", overrides=("trainer.kl_weight=40",)),
