@@ -63,8 +63,8 @@ TRIALS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "rloo": (
         ("trainer.learning_rate=1.5e-3", "trainer.trl.weight=1"),
-        ("trainer.learning_rate=3e-3", "trainer.trl.weight=1"),
         ("trainer.learning_rate=1.5e-3", "trainer.trl.weight=4"),
+        ("trainer.learning_rate=3e-3", "trainer.trl.weight=1"),
         ("trainer.learning_rate=1.5e-3", "trainer.trl.weight=1", "trainer.trl.beta=0"),
     ),
 }
