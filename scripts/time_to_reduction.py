@@ -412,7 +412,8 @@ def main() -> None:
             chosen = quickest(found, base, first)
             if chosen is not None:
                 trial(method, int(chosen.rpartition("-")[2]), seed)
-    tree = result(base, files, first, sys.argv[1:])
+    words = ["OUT" if word == str(options.out) else word for word in sys.argv[1:]]
+    tree = result(base, files, first, words)
     write_atomically(options.out / "result.json", json.dumps(tree, indent=2) + "\n")
     plot(tree, options.out / "result.svg")
     print("\n".join(page(tree)))
