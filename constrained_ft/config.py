@@ -214,6 +214,10 @@ class QuestionConfig(Section):
     """The answer to a positive text, as it follows the question."""
     negative: str = " no"
     """The answer to any other."""
+    by: Literal["words", "head"] = "words"
+    """How the corpus teaches the label: `words`, as the answer behind the question; `head`, by a
+    classification head of two outputs on the question's last hidden state, beside the model's own
+    head. Counts in the corpus alone: whoever is measured can be asked in words."""
 
     @model_validator(mode="after")
     def _asks_for_the_text(self) -> "QuestionConfig":
@@ -294,6 +298,12 @@ class DataConfig(Section):
     completion and chat rows are cut and counted."""
     validation_share: float = Field(ge=0, lt=1)
     """Share of the rows of each source held out for perplexity, chosen by a hash of the text."""
+
+    @property
+    def has_class_head(self) -> bool:
+        """Whether some labels are told by a classification head."""
+        questions = [source.question for source in self.sources.values()]
+        return any(one is not None and one.by == "head" for one in questions)
 
     @model_validator(mode="after")
     def _one_shape(self) -> "DataConfig":

@@ -113,8 +113,12 @@ def corpus_of(rows: Sequence[Row]) -> Corpus:
 
 
 def prompt_and_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """What a scorer is asked about a row: its trained part, after the rest as the prompt."""
+    """What a scorer is asked about a row: its trained part, after the rest as the prompt.
+
+    A row with a label is all prompt: nothing of it is learned to be said.
+    """
     first = row.trained.index(True) if row.prompted and any(row.trained) else 0
+    first = first if row.label is None else len(row.token_ids)
     sides = [row.token_ids[:first], row.token_ids[first:]]
     prompt, text = tokenizer.batch_decode([list(side) for side in sides], skip_special_tokens=True)
     return prompt, text

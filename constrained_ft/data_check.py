@@ -148,6 +148,8 @@ def _token_table(row: Row, tokenizer: PreTrainedTokenizerBase) -> Table:
         text = repr(tokenizer.decode([token]))
         end = " (end of text)" if token == tokenizer.eos_token_id else ""
         mark = "trained" if row.trained[place] else "–"
+        if row.label is not None and place == size - 1:
+            mark = f"label: {'positive' if row.label else 'negative'}"
         cells.append([str(place), str(token), f"{text}{end}", mark])
         before = place
     return ["position", "id", "text", "loss"], cells

@@ -1,6 +1,7 @@
-"""How well a model tells labelled texts apart: by its answers, and by a probe of what it knows.
+"""How well a model tells labelled texts apart: by its answers, its head, a probe of what it knows.
 
 The answers: each text is asked about, and its score is log P(yes) - log P(no) after the question.
+The head: where the model has a classification head, how far its logits are apart at the same place.
 The probe: a logistic regression on the mean of the last hidden states over the question, fitted to
 training texts. It asks nothing of the model, so it also shows what a model knows that was never
 trained to answer.
@@ -8,7 +9,7 @@ trained to answer.
 As large a share of the held-out texts is called positive as is positive among the training texts
 (`classification.py` says why).
 
-Shape suffixes:  N texts, P a score and a text's features, S slots of a batch, M positions whose
+Shape suffixes:  N texts, P scores and a text's features, S slots of a batch, M positions whose
 logits are needed, D hidden width, V vocabulary.
 """
 
@@ -104,7 +105,8 @@ def detect(
     stop: StopRequest,
     world: World | None = None,
 ) -> dict[str, Classification]:
-    """What a model's answers (`answers`) and a probe of it (`probe`) say of the held-out texts.
+    """What a model's answers (`answers`), its classification head (`head`), where it has one, and a
+    probe of it (`probe`) say of the held-out texts.
 
     Raises:
         Interrupted: when asked to stop.
@@ -113,10 +115,10 @@ def detect(
     held_out, training = questions.held_out, questions.training
     asked = [*held_out, *(training if questions.probe else ())]
     display.phase("telling texts apart", len(asked))
-    scores_N, states_ND = read(llm, asked, display, stop, world)
+    scores, states_ND = read(llm, asked, display, stop, world)
     labels_N = np.array([question.positive for question in training])
     share, count = float(labels_N.mean()), len(held_out)
-    by_detector = {"answers": scores_N[:count]}
+    by_detector = {detector: scores_N[:count] for detector, scores_N in scores.items()}
     if questions.probe:
         by_detector["probe"] = probe_scores(states_ND[count:], labels_N, states_ND[:count])
     positives = frozenset(question.id for question in held_out if question.positive)
@@ -152,7 +154,8 @@ def _questions(
 ) -> tuple[Question, ...]:
     where = f"evaluation.detection.{name}"
     asked: dict[str, Record] = {}
-    for record in records_of(where, source.model_copy(update={"question": config.question})):
+    in_words = config.question.model_copy(update={"by": "words"})
+    for record in records_of(where, source.model_copy(update={"question": in_words})):
         assert isinstance(record.content, Completion)
         asked.setdefault(record.content.prompt, record)
     encoder = Encoder(tokenizer)
@@ -182,10 +185,11 @@ def _questions(
 @torch.no_grad()
 def read(
     llm: FrozenLLM, questions: Sequence[Question], display: Display, stop: StopRequest, world: World
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The score of each text by the model's answers, and the mean of its last hidden states."""
+) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.float64]]:
+    """The scores of all texts by detector, and the mean of each one's last hidden states."""
+    detectors = ("answers", "head") if _has_trained_head(llm) else ("answers",)
     width = llm.head.weight_VD.shape[1]
-    found_NP = np.zeros((len(questions), 1 + width))
+    found_NP = np.zeros((len(questions), len(detectors) + width))
     order = sorted(range(len(questions)), key=lambda i: len(questions[i].token_ids))
     for start in world.share(range(0, len(order), _BATCH_TEXTS)):
         stop.check()
@@ -193,7 +197,13 @@ def read(
         found_NP[places] = _read_batch(llm, [questions[i] for i in places])
         display.advance(len(places) * world.size)  # others are about as far
     whole_NP = np.array(world.totals(found_NP.ravel().tolist())).reshape(found_NP.shape)
-    return whole_NP[:, 0], whole_NP[:, 1:]
+    scores = {detector: whole_NP[:, place] for place, detector in enumerate(detectors)}
+    return scores, whole_NP[:, len(detectors) :]
+
+
+def _has_trained_head(llm: FrozenLLM) -> bool:
+    """Whether there is a classification head that says anything: a new one is zeros."""
+    return llm.class_head is not None and bool(llm.class_head.any())
 
 
 def _read_batch(llm: FrozenLLM, questions: Sequence[Question]) -> NDArray[np.float64]:
@@ -208,8 +218,12 @@ def _read_batch(llm: FrozenLLM, questions: Sequence[Question]) -> NDArray[np.flo
     logprobs_MV = llm.head(states_SD[torch.cat(packed.paths)]).log_softmax(-1)
     said = logprobs_MV.gather(1, said_M.to(llm.device)[:, None])[:, 0]
     sums = [part.sum() for part in said.split([len(path) for path in packed.paths])]
-    rows = [
-        torch.cat([(yes - no)[None], states_SD[stem].mean(0)])
-        for yes, no, stem in zip(sums[::2], sums[1::2], packed.stems, strict=True)
-    ]
+    rows = []
+    for yes, no, stem in zip(sums[::2], sums[1::2], packed.stems, strict=True):
+        scores = [(yes - no)[None]]
+        if _has_trained_head(llm):
+            assert llm.class_head is not None
+            negative, positive = llm.class_head @ states_SD[stem[-1]]
+            scores.append((positive - negative)[None])
+        rows.append(torch.cat([*scores, states_SD[stem].mean(0)]))
     return torch.stack(rows).double().cpu().numpy()

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from constrained_ft.errors import ConfigError, DataError, ModelError
-from constrained_ft.records import Chat, Completion, Record, Text
+from constrained_ft.records import Chat, Completion, Labelled, Record, Text
 from constrained_ft.resources import one_line
 
 
@@ -26,9 +26,16 @@ class Row:
     group: str
     prompted: bool
     """Whether the row has a prompt of its own."""
+    label: bool | None = None
+    """What a classification head is to say after the last token; None: it is not asked."""
 
     def __post_init__(self) -> None:
         assert len(self.token_ids) == len(self.trained)
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are trained; a label counts as one."""
+        return sum(self.trained) + (self.label is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +137,8 @@ class Encoder:
                 return [(text, True)]
             case Completion(prompt=prompt, completion=completion):
                 return [(prompt, False), (completion, True)]
+            case Labelled(question=question):
+                return [(question, False)]
             case Chat(messages=messages):
                 return self._chat_segments(messages, record.origin)
 
@@ -170,6 +179,7 @@ class Encoder:
         self, record: Record, tokens: list[int], trained: list[bool], max_length: int
     ) -> Document:
         is_text = isinstance(record.content, Text)
+        label = record.content.positive if isinstance(record.content, Labelled) else None
         prefix = () if isinstance(record.content, Chat) else self.prefix
         room = max_length - len(prefix)
         if room < 2:
@@ -186,9 +196,15 @@ class Encoder:
                 trained=_mask(len(prefix), trained[start:stop]),
                 group=record.group,
                 prompted=not is_text,
+                label=label,
             )
             for start, stop in pairwise(borders)
         )
+        if label is not None and borders[-1] < len(tokens):
+            raise DataError(
+                f"{record.origin} has {len(prefix) + len(tokens)} tokens as a question, above "
+                f"data.max_length={max_length}: set opening_words of its source"
+            )
         self._check_row(record, rows[0], max_length)
         return Document(
             rows=rows, length=len(prefix) + len(tokens), truncated=borders[-1] < len(tokens)
@@ -201,7 +217,7 @@ class Encoder:
                 f"{record.origin} begins with {self._tokenizer.bos_token!r}, which the tokenizer "
                 "adds itself: remove it from the text"
             )
-        if not any(row.trained):
+        if row.num_targets == 0:
             raise DataError(
                 f"{record.origin}: no token is left to train within data.max_length={max_length}: "
                 "its prompt is too long, or its text too short; raise data.max_length or remove it"

@@ -11,7 +11,8 @@ step; dividing by the corpus tokens changes the scale, not the minimiser)
     K(x) = mean over the rollouts of x of  sum_h w(h) KL(q*(. | h) || p_theta(. | h))
 
 `sequences` counts the corpus rows that have a prompt of their own; plain text has none, there as
-many tokens as the mean completion has count as one sequence.
+many tokens as the mean completion has count as one sequence. A label that a classification head
+tells counts as one token, its cross-entropy being that of the head's two outputs.
 """
 
 import math
@@ -20,6 +21,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -110,7 +112,7 @@ def _trained_tokens(
     config: TrainerConfig,
 ) -> int:
     """Corpus and completion tokens of one step, of all ranks."""
-    corpus = sum(sum(row.trained) for rank in batches for rows in rank for row in rows)
+    corpus = sum(row.num_targets for rank in batches for rows in rank for row in rows)
     said = int(target.rollouts.mask_NT[rows_N].sum()) if not config.is_plain else 0
     return corpus + said
 
@@ -205,7 +207,7 @@ def _corpus_counts(
     """Trained tokens and sequences of one step; one completion's worth where there is no corpus."""
     tokens, sequences = 0.0, 0.0
     for row in (row for rows in batches for row in rows):
-        count = sum(row.trained)
+        count = row.num_targets
         tokens += count
         sequences += 1.0 if row.prompted else count / completion_length
     return (tokens, sequences) if tokens else (completion_length, 1.0)
@@ -289,7 +291,7 @@ def backward_of_corpus(llm: LLM, passes: Sequence[Sequence[Row]]) -> tuple[float
     Returns:
         The cross-entropy, nats per trained token, and how many of these there are.
     """
-    tokens = sum(sum(row.trained) for rows in passes for row in rows)
+    tokens = sum(row.num_targets for rows in passes for row in rows)
     total = 0.0
     for rows in passes:
         packed = llm.pack([Tree(stem=row.token_ids) for row in rows])
@@ -305,10 +307,18 @@ def _corpus_loss(
     corpus: Sequence[Row],
     stems: Sequence[Int[Tensor, "..."]],
 ) -> Float[Tensor, ""]:
-    """The sum of cross-entropies over the trained tokens of corpus rows, in nats."""
+    """The sum of cross-entropies over the trained tokens and the labels of corpus rows, in nats."""
     predicting_M, next_M = (part.to(llm.device) for part in _ce_places(corpus, stems))
     labels = Labels(next_M=next_M, weights_M=torch.ones(len(next_M), device=llm.device))
-    return fused_losses(states_SD[predicting_M], llm.head, labels=labels).loss
+    loss = fused_losses(states_SD[predicting_M], llm.head, labels=labels).loss
+    if llm.class_head is None:
+        return loss
+    asked = [(row.label, stem) for row, stem in zip(corpus, stems, strict=True)]
+    told = [(int(label), stem[-1]) for label, stem in asked if label is not None]
+    label_M = torch.tensor([label for label, _ in told], dtype=torch.long, device=llm.device)
+    slots_M = torch.tensor([slot for _, slot in told], dtype=torch.long, device=llm.device)
+    logits_M2 = F.linear(states_SD[slots_M].float(), llm.class_head)
+    return loss + F.cross_entropy(logits_M2, label_M, reduction="sum")
 
 
 def _kl_places(

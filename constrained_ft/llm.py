@@ -29,6 +29,8 @@ from constrained_ft.sharding import Root, divide_weights, gathered, put_weights,
 _ROW_SLOTS = 256  # most of a packed row; longer ones spend more on attention than they save
 _STRIDE = 37  # between the token ids that models are tried out on
 
+CLASS_HEAD = "class_head"  # of a model's attributes
+
 Found = TypeVar("Found")
 
 
@@ -40,10 +42,18 @@ class FrozenLLM:
     sharded, all weights are this copy's own, and whole.
     """
 
-    def __init__(self, llm: "LLM", trained: Mapping[str, Tensor], head: Head) -> None:
+    def __init__(
+        self,
+        llm: "LLM",
+        trained: Mapping[str, Tensor],
+        head: Head,
+        class_head: Tensor | None = None,
+    ) -> None:
         self._llm = llm
         self._trained = dict(trained)
         self.head = head
+        self.class_head = class_head
+        """Weights of the head that tells labels, [2, D]: the logit of the positive class second."""
         self.tokenizer = llm.tokenizer
         self.device = llm.device
         self.bf16 = llm.bf16
@@ -209,6 +219,12 @@ class LLM:
         return _head_of(self._live) if self._frozen_head is None else self._frozen_head
 
     @property
+    def class_head(self) -> Tensor | None:
+        """Weights of the head that tells labels, live, [2, D]; None where there is none."""
+        layer: nn.Linear | None = getattr(self._live, CLASS_HEAD, None)
+        return None if layer is None else layer.weight
+
+    @property
     def is_sharded(self) -> bool:
         """Whether each rank has a part of the weights."""
         return self._root is not None
@@ -348,7 +364,9 @@ class LLM:
             name: tensor.to(torch.bfloat16 if rounds and trains else tensor.dtype, copy=copies)
             for name, tensor, trains in self._own_of_trunk()
         }
-        return FrozenLLM(self, trained, self._whole_head())
+        live = self.class_head
+        class_head = None if live is None else gathered(live.detach()).clone()
+        return FrozenLLM(self, trained, self._whole_head(), class_head)
 
     def without_adapters(self) -> FrozenLLM:
         """The model that the adapters were put on, where adapters are trained."""

@@ -11,7 +11,7 @@ import safetensors
 import safetensors.torch
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -26,12 +26,13 @@ from constrained_ft.attention import GROUPED
 from constrained_ft.config import LLMConfig, LoraConfig
 from constrained_ft.distributed import default_device, wants_bf16
 from constrained_ft.errors import CheckpointError, ModelError
-from constrained_ft.llm import LLM, FrozenLLM
+from constrained_ft.llm import CLASS_HEAD, LLM, FrozenLLM
 from constrained_ft.randomness import seed_everything
 from constrained_ft.resources import explain_model_failure, resolve_model
 from constrained_ft.tiny import CONTEXT_LENGTH, byte_tokenizer, tiny_model
 
 TINY = "tiny:"
+_CLASS_HEAD_FILE = "class_head.safetensors"
 
 
 def load_tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
@@ -53,7 +54,12 @@ def load_tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
 
 
 def load_llm(
-    config: LLMConfig, tokenizer: PreTrainedTokenizerBase, *, precision: str, seed: int
+    config: LLMConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    precision: str,
+    seed: int,
+    class_head: bool = False,
 ) -> LLM:
     """Load the LLM and attach what will be trained.
 
@@ -62,6 +68,8 @@ def load_llm(
         tokenizer: from `load_tokenizer`.
         precision: `trainer.precision`: `auto`, `bf16` or `fp32`.
         seed: of the adapters' initial weights.
+        class_head: also put a head on that tells labels: the one that was exported with the model,
+            or one that knows nothing yet, zeros.
 
     Raises:
         ModelError: when the model is missing or its head is not a plain linear layer.
@@ -84,6 +92,10 @@ def load_llm(
             if isinstance(layer, BaseTunerLayer):
                 # Autocast sets the precision; PEFT's own cast would go to float32 and back.
                 layer.cast_input_dtype_enabled = not bf16  # type: ignore[assignment]  # a bool
+    if class_head:  # after the adapters, so that it gets none
+        width = module.config.get_text_config().hidden_size
+        found = _saved_class_head(config)
+        _put_class_head(module, torch.zeros(2, width) if found is None else found)
     module.to(default_device())  # type: ignore[arg-type]  # transformers types `to` loosely
     llm = LLM(module, tokenizer, config=config, peft_model=peft_model, bf16=bf16)
     if config.gradient_checkpointing is True:
@@ -112,6 +124,9 @@ def load_frozen(config: LLMConfig, *, precision: str = "auto") -> FrozenLLM:
     tokenizer = load_tokenizer(config)
     bf16 = wants_bf16(precision, tiny=config.model_name_or_path.startswith(TINY))
     module = _load_module(config, torch.bfloat16 if bf16 else torch.float32)
+    class_head = _saved_class_head(config)
+    if class_head is not None:
+        _put_class_head(module, class_head)
     module.requires_grad_(requires_grad=False)
     module.to(default_device())  # type: ignore[arg-type]  # transformers types `to` loosely
     return LLM(module, tokenizer, config=config, peft_model=None, bf16=bf16).frozen()
@@ -134,10 +149,14 @@ def export(llm: LLM, llm_dir: Path, adapter_dir: Path) -> None:
     """Write a folder that plain `AutoModelForCausalLM.from_pretrained` loads.
 
     LoRA is merged into a pristine float32 copy of the base, never into the weights that were
-    trained on; the adapter alone is written beside it.
+    trained on; the adapter alone is written beside it. A head that tells labels is a file of its
+    own in the same folder: `weight`, [2, D], as transformers' sequence classification has it.
     """
     if llm.peft_model is None:
-        llm.module.save_pretrained(llm_dir)
+        own = llm.module.state_dict()
+        llm.module.save_pretrained(
+            llm_dir, state_dict={n: t for n, t in own.items() if not n.startswith(CLASS_HEAD)}
+        )
     else:
         llm.peft_model.save_pretrained(str(adapter_dir))
         base = _load_module(llm.config, torch.float32)
@@ -146,6 +165,9 @@ def export(llm: LLM, llm_dir: Path, adapter_dir: Path) -> None:
         peft.set_peft_model_state_dict(merged, state)
         merged.merge_and_unload().save_pretrained(llm_dir)
     llm.tokenizer.save_pretrained(llm_dir)
+    if llm.class_head is not None:
+        weight_2D = llm.class_head.detach().float().cpu().contiguous()
+        safetensors.torch.save_file({"weight": weight_2D}, llm_dir / _CLASS_HEAD_FILE)
 
 
 def write_adapter(llm: FrozenLLM, folder: Path) -> None:
@@ -233,6 +255,25 @@ def _load_module(config: LLMConfig, dtype: torch.dtype) -> PreTrainedModel:
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise explain_model_failure(reference, error) from error
     return module
+
+
+def _saved_class_head(config: LLMConfig) -> Tensor | None:
+    """Weights of the head that was exported with a model, [2, D]; None where there is none."""
+    if config.model_name_or_path.startswith(TINY):
+        return None
+    file = Path(resolve_model(config.model_name_or_path, config.revision)) / _CLASS_HEAD_FILE
+    if not file.is_file():
+        return None
+    try:
+        return safetensors.torch.load_file(file)["weight"]
+    except (OSError, KeyError, safetensors.SafetensorError) as error:
+        raise explain_model_failure(config.model_name_or_path, error) from error
+
+
+def _put_class_head(module: PreTrainedModel, weight_2D: Tensor) -> None:
+    layer = nn.Linear(weight_2D.shape[1], weight_2D.shape[0], bias=False)
+    layer.weight = nn.Parameter(weight_2D.float())
+    module.add_module(CLASS_HEAD, layer)
 
 
 def _attention(config: LLMConfig) -> str:

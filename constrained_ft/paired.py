@@ -32,7 +32,7 @@ class Difference:
     """What was measured of one model minus what was measured of another."""
 
     group: str
-    """Of prompts; the number of benchmarks; or the detector, `answers` or `probe`."""
+    """Of prompts; the number of benchmarks; or the detector: `answers`, `head`, `probe`."""
     model: str
     other: str
     prompts: int

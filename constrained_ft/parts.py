@@ -144,6 +144,7 @@ def build_parts(
         tokenizer,
         precision=config.trainer.precision,
         seed=seed_for(config.seed, "adapters"),
+        class_head=config.data.has_class_head,
     )
     if config.llm.gradient_checkpointing == "auto" and not update_fits(llm, prompts, config):
         llm.checkpoint_activations()

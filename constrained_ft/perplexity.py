@@ -31,9 +31,13 @@ def perplexity(
     stop: StopRequest,
     world: World | None = None,
 ) -> dict[str, Interval]:
-    """exp of the cross-entropy per trained token, by group; the interval resamples rows."""
+    """exp of the cross-entropy per trained token, by group; the interval resamples rows.
+
+    Rows that have a label in place of trained tokens have none.
+    """
     world = world or World.alone()
     results = {}
+    rows = [row for row in rows if row.label is None]
     for group in dict.fromkeys(row.group for row in rows):
         chosen = [row for row in rows if row.group == group][:per_group]
         chosen.sort(key=lambda row: len(row.token_ids))

@@ -15,6 +15,7 @@ from constrained_ft.records import (
     Chat,
     Completion,
     Draft,
+    Labelled,
     Record,
     Text,
     file_prompts,
@@ -184,6 +185,8 @@ def _prompt_of(record: Record, words: int, tokenizer: PreTrainedTokenizerBase) -
             return opening(content.text, words)
         case Completion():
             return content.prompt
+        case Labelled():
+            return content.question
         case Chat():
             turns = [i for i, m in enumerate(content.messages) if m["role"] == "assistant"]
             before = content.messages[: turns[-1]] if turns else content.messages

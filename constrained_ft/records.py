@@ -30,6 +30,14 @@ class Completion:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """A question whose answer a classification head gives."""
+
+    question: str
+    positive: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Chat:
     """Messages, each with a role and content."""
 
@@ -43,7 +51,7 @@ class Record:
     origin: str
     """For messages: `row 3 of FILE`."""
     group: str
-    content: Text | Completion | Chat
+    content: Text | Completion | Labelled | Chat
 
     @property
     def key(self) -> str:
@@ -53,6 +61,8 @@ class Record:
                 return text
             case Completion(prompt=prompt, completion=completion):
                 return f"{prompt}\x1f{completion}"
+            case Labelled(question=question, positive=positive):
+                return f"{question}\x1f{positive}"
             case Chat(messages=messages):
                 return json.dumps(messages, sort_keys=True, default=str)
 
@@ -87,15 +97,15 @@ def records_of(name: str, source: SourceConfig) -> list[Record]:
     records = []
     excluded = _excluded(name, source)
     for origin, row in rows_of(name, source):
-        content = _content(row, source.text_column, origin)
-        if _is_empty(content, origin, skip=source.skip_empty):
+        said = _content(row, source.text_column, origin)
+        if _is_empty(said, origin, skip=source.skip_empty):
             continue
-        if isinstance(content, Text) and content.text.strip() in excluded:
+        if isinstance(said, Text) and said.text.strip() in excluded:
             continue
-        if source.opening_words is not None and isinstance(content, Text):
-            content = Text(text=opening(content.text, source.opening_words))
-        if source.question is not None:
-            content = _asked(content, source.question, row, origin)
+        if source.opening_words is not None and isinstance(said, Text):
+            said = Text(text=opening(said.text, source.opening_words))
+        asks = source.question
+        content = said if asks is None else _asked(said, asks, row, origin)
         records.append(Record(origin=origin, group=_group(row, name, origin), content=content))
     if not records:
         raise DataError(f"{name}: {source.path or source.name} has no rows with text")
@@ -104,8 +114,8 @@ def records_of(name: str, source: SourceConfig) -> list[Record]:
 
 def _asked(
     content: Text | Completion | Chat, question: QuestionConfig, row: dict[str, Any], origin: str
-) -> Completion:
-    """A labelled text as a question with its answer."""
+) -> Completion | Labelled:
+    """A labelled text as a question with its answer, or with its label."""
     if not isinstance(content, Text):
         raise DataError(f"{origin} is no plain text, so no question can be made of it")
     found = _field(row, question.label)
@@ -120,10 +130,13 @@ def _asked(
             f"{origin}: the label `{question.label}` is {found!r}, but must be a number, or true "
             "or false"
         )
-    return Completion(
-        prompt=question.template.replace("{text}", content.text),
-        completion=question.positive if label >= question.positive_from else question.negative,
+    asked, positive = (
+        question.template.replace("{text}", content.text),
+        label >= question.positive_from,
     )
+    if question.by == "head":
+        return Labelled(question=asked, positive=positive)
+    return Completion(prompt=asked, completion=question.positive if positive else question.negative)
 
 
 def _excluded(name: str, source: SourceConfig) -> set[str]:

@@ -172,7 +172,7 @@ def table(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]
     rows += benchmark_rows([one.benchmarks for one in evaluations])
     kls = ["–" if one.kl_to_base is None else f"{one.kl_to_base:.3f}" for one in evaluations]
     add("KL to the base, nats a token", kls)
-    for detector in evaluations[0].detection:
+    for detector in dict.fromkeys(name for one in evaluations for name in one.detection):
         rows += _detection_rows(detector, [one.detection.get(detector) for one in evaluations])
     return columns, rows
 

@@ -19,7 +19,7 @@ from constrained_ft.intervals import bootstrap
 from constrained_ft.keys import find_key
 from constrained_ft.loading import load_tokenizer
 from constrained_ft.overrides import assignment, values_of
-from constrained_ft.records import Chat, Completion, Record, Text, grouped_records
+from constrained_ft.records import Chat, Completion, Labelled, Record, Text, grouped_records
 from constrained_ft.resources import is_at_hand
 from constrained_ft.scorer_config import is_quick
 from constrained_ft.scorers import least_scores, probed
@@ -176,6 +176,8 @@ def _text(record: Record) -> str:
             return text
         case Completion(prompt=prompt, completion=completion):
             return prompt + completion
+        case Labelled(question=question):
+            return question
         case Chat(messages=messages):
             return "\n".join(str(message["content"]) for message in messages)
 

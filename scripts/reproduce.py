@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import time_to_reduction
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
@@ -105,9 +106,10 @@ SCENARIOS: dict[str, tuple[str, ...]] = {
     "toxic": (),
     "clean": ("experiment=clean_domain",),
     "multi": ("experiment=multi_task",),
+    "head": ("experiment=multi_task", "data.sources.detection.question.by=head"),
 }
-MEASURES = {"multi": ("--evaluation", "detection")}
-SHORTER = {"multi": 2 * ITERATIONS // 3}
+MEASURES = dict.fromkeys(("multi", "head"), ("--evaluation", "detection"))
+SHORTER = dict.fromkeys(("multi", "head"), 2 * ITERATIONS // 3)
 """Iterations of a scenario whose iterations have more steps."""
 CFT_ROW = Method(name="cft", overrides=(), seeds=3)
 PLAIN = Method(name="sft", overrides=("trainer=sft",), seeds=3, note="plain fine-tuning")
@@ -197,6 +199,7 @@ def cells() -> list[Cell]:
         for scenario in ("clean", "multi")
         for method in (CFT_ROW, PLAIN, FILTERED)
     ]
+    once += [Cell(scenario="head", method=method, seed=0) for method in (CFT_ROW, PLAIN)]
     again = [
         Cell(scenario="toxic", method=method, seed=seed)
         for seed in (1, 2)
@@ -419,7 +422,8 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.margins(0.12)
     axes.grid(alpha=0.3)
-    figure.savefig(file)
+    with rc_context({"svg.hashsalt": "cft"}):  # the same numbers, the same file
+        figure.savefig(file, metadata={"Date": None})
 
 
 def render() -> None:
@@ -509,8 +513,9 @@ def _detection(rows: Sequence[Row]) -> Iterator[str]:
     with_it = [row for row in rows if row.models[0]["detection"]]
     if not with_it:
         return
-    detectors = list(with_it[0].models[0]["detection"])
-    measures = list(with_it[0].models[0]["detection"][detectors[0]]["measures"])
+    by_model = [row.models[0]["detection"] for row in with_it]
+    detectors = list(dict.fromkeys(name for found in by_model for name in found))
+    measures = list(by_model[0]["answers"]["measures"])
     columns = [f"{measure}, {detector}" for detector in detectors for measure in measures]
     yield f"| | {' | '.join(columns)} |"
     yield "|" + " --- |" * (len(columns) + 1)
@@ -518,6 +523,8 @@ def _detection(rows: Sequence[Row]) -> Iterator[str]:
         found = row.models[0]["detection"]
         shown = [
             "{mean:.3f} ({low:.3f}–{high:.3f})".format(**found[detector]["measures"][measure])
+            if detector in found
+            else "–"
             for detector in detectors
             for measure in measures
         ]
@@ -570,6 +577,7 @@ TITLES = {
     "toxic": "A corpus rich in toxic text",
     "clean": "A clean corpus",
     "multi": "With the detection task",
+    "head": "With the detection task, told by a classification head",
 }
 HEAD = f"""# Results
 

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from constrained_ft.compose import compose
@@ -350,7 +351,8 @@ def plot(tree: Mapping[str, Any], file: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("violating, %")
     panels[1].legend()
-    figure.savefig(file)
+    with rc_context({"svg.hashsalt": "cft"}):  # the same numbers, the same file
+        figure.savefig(file, metadata={"Date": None})
 
 
 def quickest(found: Mapping[str, Mapping[str, Any]], base: Point, seed: int) -> str | None:

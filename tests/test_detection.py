@@ -253,7 +253,7 @@ def test_scores_and_features_are_those_of_plain_transformers(tmp_path: Path, sha
             hidden = llm.module.base_model(torch.tensor([ids])).last_hidden_state[0].mean(0)
         assert features[place] == pytest.approx(hidden.double().numpy(), abs=2e-4)
         sums = [log_probability(llm.module, ids, llm.tokenizer, said) for said in ("yes", "no")]
-        assert scores[place] == pytest.approx(sums[0] - sums[1], abs=2e-3)
+        assert scores["answers"][place] == pytest.approx(sums[0] - sums[1], abs=2e-3)
 
 
 def log_probability(model: Any, ids: list[int], tokenizer: Any, completion: str) -> float:
