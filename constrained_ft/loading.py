@@ -150,7 +150,7 @@ def export(llm: LLM, llm_dir: Path, adapter_dir: Path) -> None:
 
     LoRA is merged into a pristine float32 copy of the base, never into the weights that were
     trained on; the adapter alone is written beside it. A head that tells labels is a file of its
-    own in the same folder: `weight`, [2, D], as transformers' sequence classification has it.
+    own in each folder: `weight`, [2, D], as transformers' sequence classification has it.
     """
     if llm.peft_model is None:
         own = llm.module.state_dict()
@@ -167,7 +167,8 @@ def export(llm: LLM, llm_dir: Path, adapter_dir: Path) -> None:
     llm.tokenizer.save_pretrained(llm_dir)
     if llm.class_head is not None:
         weight_2D = llm.class_head.detach().float().cpu().contiguous()
-        safetensors.torch.save_file({"weight": weight_2D}, llm_dir / _CLASS_HEAD_FILE)
+        for folder in (llm_dir, *([] if llm.peft_model is None else [adapter_dir])):
+            safetensors.torch.save_file({"weight": weight_2D}, folder / _CLASS_HEAD_FILE)
 
 
 def write_adapter(llm: FrozenLLM, folder: Path) -> None:

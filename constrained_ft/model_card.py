@@ -88,6 +88,7 @@ def model_card(
         "",
         *(f"- {one}" for one in prompts),
         "",
+        *_labels(config),
         "## Constraint",
         "",
         *asked,
@@ -175,6 +176,28 @@ def _use(config: Config, form: Literal["merged", "adapter"]) -> list[str]:
             "",
         ]
     return lines
+
+
+def _labels(config: Config) -> list[str]:
+    """What the classification head tells, where there is one."""
+    if not config.data.has_class_head:
+        return []
+    asked = [
+        f"- whether `{one.label}` is at least {one.positive_from:g}, after "
+        f"`{json.dumps(one.template, ensure_ascii=False)}`"
+        for source in config.data.sources.values()
+        if (one := source.question) is not None and one.by == "head"
+    ]
+    return [
+        "## Labels",
+        "",
+        "`class_head.safetensors` holds the `weight` of a classification head: the `score.weight`",
+        "of transformers' `AutoModelForSequenceClassification` with two labels, the positive one",
+        "second. It tells, after the last token:",
+        "",
+        *dict.fromkeys(asked),
+        "",
+    ]
 
 
 def _metadata(config: Config, library: str) -> list[str]:

@@ -182,6 +182,12 @@ def test_a_run_leaves_a_head_that_transformers_can_use(tmp_path: Path, *, lora: 
     _, info = AutoModelForCausalLM.from_pretrained(done.final_llm, output_loading_info=True)
     assert not info["unexpected_keys"]
     saved = safetensors.torch.load_file(done.final_llm / "class_head.safetensors")["weight"]
+    for folder in (done.final_llm, *([done.final_adapter] if lora else [])):
+        assert torch.equal(
+            safetensors.torch.load_file(folder / "class_head.safetensors")["weight"], saved
+        )
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert '- whether `bad` is at least 0.5, after `"{text}?"`' in card
     theirs = AutoModelForSequenceClassification.from_pretrained(
         done.final_llm, num_labels=2, pad_token_id=0, dtype=torch.float32
     )
