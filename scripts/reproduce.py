@@ -14,6 +14,7 @@ has settings of its own. Interrupted runs go on from their newest checkpoint.
 
 import argparse
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -472,10 +473,12 @@ def _beside_cft(rows: Sequence[Row]) -> Iterator[str]:
             toxic = "less" if row.toxic() < ours.toxic() else "more"
             news = "better" if row.news() < ours.news() else "worse"
             both = ", so better on both" if (toxic, news) == ("less", "better") else ""
+            part = ours.toxic() / row.toxic() if row.toxic() else math.inf
             yield (
                 f"- {row.label}: {toxic} toxic ({100 * row.toxic():.1f} % against "
-                f"{100 * ours.toxic():.1f} %) and {news} at held-out news (perplexity "
-                f"{row.news():.2f} against {ours.news():.2f}){both}"
+                f"{100 * ours.toxic():.1f} %, cft / {row.label} = {part:.2f}) and {news} at held-out "
+                f"news (perplexity {row.news():.2f} against {ours.news():.2f}, cft "
+                f"{100 * (ours.news() / row.news() - 1):+.1f} %){both}"
             )
 
 
