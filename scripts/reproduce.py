@@ -438,9 +438,9 @@ def render() -> None:
         if scenario == "toxic":
             plot(rows, FRONT)
             lines += [*_notes(rows), ""]
-            lines += [*_beside_cft(rows), ""]
             lines += [f"![toxic share against perplexity]({FRONT.name})", ""]
             lines += [*_benchmarks()]
+        lines += [*_beside_cft(rows), ""]
         lines += [*_detection(rows)]
     if TIMED.exists():
         tree = json.loads(TIMED.read_text(encoding="utf-8"))
@@ -474,11 +474,12 @@ def _beside_cft(rows: Sequence[Row]) -> Iterator[str]:
             news = "better" if row.news() < ours.news() else "worse"
             both = ", so better on both" if (toxic, news) == ("less", "better") else ""
             part = ours.toxic() / row.toxic() if row.toxic() else math.inf
+            apart = 100 * (ours.news() / row.news() - 1)
             yield (
                 f"- {row.label}: {toxic} toxic ({100 * row.toxic():.1f} % against "
-                f"{100 * ours.toxic():.1f} %, cft / {row.label} = {part:.2f}) and {news} at held-out "
-                f"news (perplexity {row.news():.2f} against {ours.news():.2f}, cft "
-                f"{100 * (ours.news() / row.news() - 1):+.1f} %){both}"
+                f"{100 * ours.toxic():.1f} %, cft / {row.label} = {part:.2f}) and {news} at "
+                f"held-out news (perplexity {row.news():.2f} against {ours.news():.2f}, "
+                f"cft {apart:+.1f} %){both}"
             )
 
 
