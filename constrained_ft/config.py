@@ -262,6 +262,9 @@ class SourceConfig(Section):
     """Further columns of the rows, which scorer functions get by name (for prompts)."""
     repeat: int = Field(default=1, ge=1)
     """How often each training row comes up in one pass over the corpus (corpus only)."""
+    weight: float = Field(default=1.0, gt=0)
+    """What each of its trained tokens, or labels, counts for in the corpus cross-entropy, a mean by
+    these weights (corpus only)."""
     question: QuestionConfig | None = None
     """The texts have labels: each becomes a question, and its answer is trained (corpus only)."""
 

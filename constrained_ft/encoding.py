@@ -28,6 +28,8 @@ class Row:
     """Whether the row has a prompt of its own."""
     label: bool | None = None
     """What a classification head is to say after the last token; None: it is not asked."""
+    weight: float = 1.0
+    """What each target counts for in the cross-entropy."""
 
     def __post_init__(self) -> None:
         assert len(self.token_ids) == len(self.trained)
@@ -197,6 +199,7 @@ class Encoder:
                 group=record.group,
                 prompted=not is_text,
                 label=label,
+                weight=record.weight,
             )
             for start, stop in pairwise(borders)
         )

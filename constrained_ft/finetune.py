@@ -6,13 +6,14 @@ whose logits are needed, D hidden width, V vocabulary.
 One optimizer step minimises (method: the lambda of the objective, with every count global over the
 step; dividing by the corpus tokens changes the scale, not the minimiser)
 
-    L = 1 / tokens * [ sum of cross-entropies
+    L = 1 / tokens * [ sum of cross-entropies, each times the weight of its source
                        + lambda * sequences * mean over prompts of K(x) ]
     K(x) = mean over the rollouts of x of  sum_h w(h) KL(q*(. | h) || p_theta(. | h))
 
 `sequences` counts the corpus rows that have a prompt of their own; plain text has none, there as
 many tokens as the mean completion has count as one sequence. A label that a classification head
-tells counts as one token, its cross-entropy being that of the head's two outputs.
+tells counts as one token, its cross-entropy being that of the head's two outputs. `tokens` is the
+sum of their weights.
 """
 
 import math
@@ -204,12 +205,14 @@ def backward_of_step(  # noqa: PLR0913
 def _corpus_counts(
     batches: Sequence[Sequence[Row]], completion_length: float
 ) -> tuple[float, float]:
-    """Trained tokens and sequences of one step; one completion's worth where there is no corpus."""
+    """Trained tokens, each by its weight, and sequences of one step.
+
+    Where there is no corpus, one completion's worth.
+    """
     tokens, sequences = 0.0, 0.0
     for row in (row for rows in batches for row in rows):
-        count = row.num_targets
-        tokens += count
-        sequences += 1.0 if row.prompted else count / completion_length
+        tokens += row.weight * row.num_targets
+        sequences += 1.0 if row.prompted else row.num_targets / completion_length
     return (tokens, sequences) if tokens else (completion_length, 1.0)
 
 
@@ -289,16 +292,17 @@ def backward_of_corpus(llm: LLM, passes: Sequence[Sequence[Row]]) -> tuple[float
         passes: corpus rows, one entry a pass.
 
     Returns:
-        The cross-entropy, nats per trained token, and how many of these there are.
+        The cross-entropy, nats per trained token, by weight, and how many of these there are.
     """
-    tokens = sum(row.num_targets for rows in passes for row in rows)
+    rows_of_all = [row for rows in passes for row in rows]
+    whole_weight = sum(row.weight * row.num_targets for row in rows_of_all)
     total = 0.0
     for rows in passes:
         packed = llm.pack([Tree(stem=row.token_ids) for row in rows])
         loss = _corpus_loss(llm, llm.packed_states(packed), rows, packed.stems)
-        (loss / tokens).backward()
+        (loss / whole_weight).backward()
         total += float(loss.detach())
-    return total / max(tokens, 1), tokens
+    return total / (whole_weight or 1.0), sum(row.num_targets for row in rows_of_all)
 
 
 def _corpus_loss(
@@ -307,18 +311,21 @@ def _corpus_loss(
     corpus: Sequence[Row],
     stems: Sequence[Int[Tensor, "..."]],
 ) -> Float[Tensor, ""]:
-    """The sum of cross-entropies over the trained tokens and the labels of corpus rows, in nats."""
-    predicting_M, next_M = (part.to(llm.device) for part in _ce_places(corpus, stems))
-    labels = Labels(next_M=next_M, weights_M=torch.ones(len(next_M), device=llm.device))
+    """The weighted sum of cross-entropies over trained tokens and labels of rows, in nats."""
+    predicting_M, next_M, weights_M = (part.to(llm.device) for part in _ce_places(corpus, stems))
+    labels = Labels(next_M=next_M, weights_M=weights_M)
     loss = fused_losses(states_SD[predicting_M], llm.head, labels=labels).loss
     if llm.class_head is None:
         return loss
-    asked = [(row.label, stem) for row, stem in zip(corpus, stems, strict=True)]
-    told = [(int(label), stem[-1]) for label, stem in asked if label is not None]
-    label_M = torch.tensor([label for label, _ in told], dtype=torch.long, device=llm.device)
-    slots_M = torch.tensor([slot for _, slot in told], dtype=torch.long, device=llm.device)
+    asked = [
+        (row, stem[-1]) for row, stem in zip(corpus, stems, strict=True) if row.label is not None
+    ]
+    slots_M = torch.tensor([int(slot) for _, slot in asked], dtype=torch.long, device=llm.device)
+    label_M = torch.tensor([int(row.label or 0) for row, _ in asked], dtype=torch.long)
+    weights_M = torch.tensor([row.weight for row, _ in asked], dtype=torch.float32)
     logits_M2 = F.linear(states_SD[slots_M].float(), llm.class_head)
-    return loss + F.cross_entropy(logits_M2, label_M, reduction="sum")
+    losses_M = F.cross_entropy(logits_M2, label_M.to(llm.device), reduction="none")
+    return loss + losses_M @ weights_M.to(llm.device)
 
 
 def _kl_places(
@@ -337,15 +344,18 @@ def _kl_places(
 
 def _ce_places(
     corpus: Sequence[Row], stems: Sequence[Int[Tensor, "..."]]
-) -> tuple[Int[Tensor, " M"], Int[Tensor, " M"]]:
-    """Trained tokens of the corpus: the slots that predict them, and the tokens."""
+) -> tuple[Int[Tensor, " M"], Int[Tensor, " M"], Float[Tensor, " M"]]:
+    """Trained tokens of the corpus: the slots that predict them, the tokens, and their weights."""
     # Position j predicts token j + 1.
     trained = [torch.tensor(row.trained[1:], dtype=torch.bool) for row in corpus]
     slots = [stem[:-1][chosen] for stem, chosen in zip(stems, trained, strict=True)]
     following = [
         torch.tensor(row.token_ids[1:])[chosen] for row, chosen in zip(corpus, trained, strict=True)
     ]
-    return _joined(slots), _joined(following)
+    weights = [
+        torch.full((len(some),), row.weight) for some, row in zip(slots, corpus, strict=True)
+    ]
+    return _joined(slots), _joined(following), torch.cat([torch.zeros(0), *weights])
 
 
 def _joined(parts: Sequence[Tensor]) -> Int[Tensor, " M"]:

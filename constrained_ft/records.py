@@ -52,6 +52,8 @@ class Record:
     """For messages: `row 3 of FILE`."""
     group: str
     content: Text | Completion | Labelled | Chat
+    weight: float = 1.0
+    """What each trained token of it counts for."""
 
     @property
     def key(self) -> str:
@@ -106,7 +108,8 @@ def records_of(name: str, source: SourceConfig) -> list[Record]:
             said = Text(text=opening(said.text, source.opening_words))
         asks = source.question
         content = said if asks is None else _asked(said, asks, row, origin)
-        records.append(Record(origin=origin, group=_group(row, name, origin), content=content))
+        group = _group(row, name, origin)
+        records.append(Record(origin=origin, group=group, content=content, weight=source.weight))
     if not records:
         raise DataError(f"{name}: {source.path or source.name} has no rows with text")
     return records
@@ -152,6 +155,8 @@ def file_prompts(name: str, source: SourceConfig) -> list[Draft]:
         raise ConfigError(
             f"prompts: `repeat` of {name} is for the corpus; prompts are not repeated"
         )
+    if source.weight != 1:
+        raise ConfigError(f"prompts: `weight` of {name} is for the corpus")
     if source.question is not None:
         raise ConfigError(f"prompts: `question` of {name} is for the corpus")
     drafts = []

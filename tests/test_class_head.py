@@ -1,5 +1,6 @@
 """A head that tells labels, trained beside the model's own: as transformers would, and kept."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,26 +8,27 @@ import pytest
 import safetensors.torch
 import torch
 from several import together
-from small import LORA, go_on, run, small_config, small_parts, stopped
+from small import LORA, go_on, gradients, run, small_config, small_parts, stopped
 from test_detection import ASK, detection_of, labelled, write_jsonl
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from constrained_ft import results
-from constrained_ft.config import Config, DataConfig
+from constrained_ft.config import Config, DataConfig, SourceConfig
 from constrained_ft.corpus import load_corpus, prompt_and_text
 from constrained_ft.data_check import check_command
 from constrained_ft.detection import load_questions
 from constrained_ft.distributed import StopRequest, World
 from constrained_ft.encoding import Row
-from constrained_ft.errors import DataError
+from constrained_ft.errors import ConfigError, DataError
 from constrained_ft.finetune import backward_of_corpus, update_llm
 from constrained_ft.llm import LLM
 from constrained_ft.loading import load_frozen, load_llm, plain_config
 from constrained_ft.parts import shard_llm
 from constrained_ft.perplexity import perplexity
 from constrained_ft.progress import Silent
+from constrained_ft.prompts import load_prompts
 from constrained_ft.target import learn_target
 from constrained_ft.tiny import byte_tokenizer
 
@@ -149,6 +151,36 @@ def test_labels_and_tokens_are_one_mean(tmp_path: Path) -> None:
     assert targets == 1 + said.num_targets
     assert whole * targets == pytest.approx(sum(loss * count for loss, count in apart), rel=1e-5)
     assert apart[0][0] == pytest.approx(torch.tensor(2.0).log().item())  # a head of zeros
+
+
+def test_a_weight_counts_as_so_many_rows(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "llm.model_name_or_path=tiny:gpt2")
+    llm = headed(config)
+    corpus = load_corpus(config.data, byte_tokenizer())
+    (asked,) = [row for row in corpus.training if row.group == "questions"][:1]
+    one, other = [row for row in corpus.training if row.group == "texts"][:2]
+    weighted = [replace(asked, weight=4.0), replace(one, weight=3.0), other]
+    repeated = [asked] * 4 + [one] * 3 + [other]
+    found = []
+    for rows in (weighted, repeated):
+        loss, _ = backward_of_corpus(llm, [rows])
+        found.append((loss, gradients(llm)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for name, gradient in found[1][1].items():
+        torch.testing.assert_close(found[0][1][name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_a_source_gives_its_rows_their_weight(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", labelled(40, 0))
+    sources = {"a": {"path": path, "weight": 2.5}, "b": {"path": path}}
+    tree = {"sources": sources, "max_length": 64, "validation_share": 0}
+    corpus = load_corpus(DataConfig.model_validate(tree), byte_tokenizer())
+    assert {(row.group, row.weight) for row in corpus.training} == {("a", 2.5), ("b", 1.0)}
+    prompts = small_config().prompts.model_copy(
+        update={"from_corpus": False, "sources": {"a": SourceConfig(path=path, weight=2.0)}}
+    )
+    with pytest.raises(ConfigError, match="`weight` of a is for the corpus"):
+        load_prompts(prompts, byte_tokenizer(), small_config().data, None)
 
 
 # Whole --------------------------------------------------------------------------------------------
