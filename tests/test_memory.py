@@ -76,7 +76,8 @@ def test_what_a_tensor_takes_is_held_and_no_longer_spare() -> None:
 def allocations() -> Iterator[list[int]]:
     """Bytes that the allocator gave out and did not take back, by torch's profiler."""
     found: list[int] = []
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    cpu = [ProfilerActivity.CPU]
+    with profile(activities=cpu, profile_memory=True, acc_events=True) as seen:
         yield found
     found.append(sum(event.self_cpu_memory_usage for event in seen.key_averages()))
 
