@@ -242,7 +242,7 @@ def test_a_frozen_rank_is_named_with_what_it_does(how: str) -> None:
     assert isinstance(first, PeerError)
     assert "rank 1 has given no sign of life for 1.5 s" in str(first)
     assert "while sampling" in str(first)
-    # It goes on and hears what was said of it; where all had come already, the exchange may end first.
+    # It goes on and hears of it; where all had come already, the exchange may end first.
     assert isinstance(second, PeerError) or (how == "stopped in an exchange" and second is None)
 
 
