@@ -107,6 +107,7 @@ def _facts(group: _Group, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     rows = group.rows
     tokens = sum(len(row.token_ids) for row in rows)
     trained = sum(sum(row.trained) for row in rows)
+    labels = sum(row.label is not None for row in rows)
     count = len(group.documents)
     cut = sum(document.truncated for document in group.documents)
     split = sum(len(document.rows) > 1 for document in group.documents)
@@ -117,7 +118,8 @@ def _facts(group: _Group, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         "tokens a row: least, 5 %, half, 95 %, most": " / ".join(f"{q:,.0f}" for q in lengths),
         "split into several": _share(split, count),
         "cut at their end": _share(cut, count),
-        "tokens": f"{tokens:,}, {trained:,} of them trained",
+        "tokens": f"{tokens:,}, {trained:,} of them trained"
+        + (f"; {labels:,} labels" if labels else ""),
         "end of text is trained": _share(ended, count),
         "the same as an earlier row": _share(equal, count),
         "held out for perplexity": _share(sum(group.held_out), count),

@@ -87,7 +87,9 @@ def test_data_check_shows_the_label(tmp_path: Path) -> None:
     last = report.tokens[1][-1]
     assert last[2:] == ["'?'", last[3]]
     assert last[3] in ("label: positive", "label: negative")
-    assert any("240 labelled" in cell for row in report.groups[1] for cell in row)
+    cells = [cell for row in report.groups[1] for cell in row]
+    assert any("240 labelled" in cell for cell in cells)
+    assert any(cell.endswith("0 of them trained; 240 labels") for cell in cells)
 
 
 def test_held_out_labels_have_no_perplexity(tmp_path: Path) -> None:
