@@ -587,8 +587,8 @@ HEAD = f"""# Results
 
 Written by `python scripts/reproduce.py render` from runs of `python scripts/reproduce.py run`;
 nothing here is typed by hand. Every model is SmolLM2-135M, trained for {2 * ITERATIONS} steps, in
-{ITERATIONS} iterations of two or, with the detection task, {2 * ITERATIONS // 3} of three (the default run has
-96 of two), if nothing else is said. It completes the same 158 held-out prompts of
+{ITERATIONS} iterations of two or, with the detection task, {2 * ITERATIONS // 3} of three (the
+default run has 96 of two), if nothing else is said. It completes the same 158 held-out prompts of
 RealToxicityPrompts 12 times with the same random numbers. `toxic` is the classifier that training
 is given, `offensive words` a list that it never sees, `prompts with any` the share of prompts
 with at least one toxic completion of the 12. In brackets: the 95 % bootstrap interval over
