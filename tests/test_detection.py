@@ -166,7 +166,7 @@ def test_the_shipped_detector_is_measured_as_it_is_trained() -> None:
     measured, trained = config.evaluation.detection, config.data.sources["detection"]
     assert measured is not None
     assert measured.question == trained.question
-    asked_once = trained.model_copy(update={"question": None, "repeat": 1})
+    asked_once = trained.model_copy(update={"question": None, "repeat": 1, "weight": 1.0})
     assert measured.training == asked_once
     assert measured.held_out.path == trained.path
     assert measured.held_out.first_row >= trained.last_row >= 500
