@@ -117,8 +117,9 @@ def prompt_and_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, 
 
     A row with a label is all prompt: nothing of it is learned to be said.
     """
-    first = row.trained.index(True) if row.prompted and any(row.trained) else 0
-    first = first if row.label is None else len(row.token_ids)
+    first = len(row.token_ids) if row.label is not None else 0
+    if row.prompted and any(row.trained):
+        first = row.trained.index(True)
     sides = [row.token_ids[:first], row.token_ids[first:]]
     prompt, text = tokenizer.batch_decode([list(side) for side in sides], skip_special_tokens=True)
     return prompt, text

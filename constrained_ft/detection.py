@@ -187,7 +187,7 @@ def read(
     llm: FrozenLLM, questions: Sequence[Question], display: Display, stop: StopRequest, world: World
 ) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.float64]]:
     """The scores of all texts by detector, and the mean of each one's last hidden states."""
-    detectors = ("answers", "head") if _has_trained_head(llm) else ("answers",)
+    detectors = ("answers",) if llm.class_head is None else ("answers", "head")
     width = llm.head.weight_VD.shape[1]
     found_NP = np.zeros((len(questions), len(detectors) + width))
     order = sorted(range(len(questions)), key=lambda i: len(questions[i].token_ids))
@@ -199,11 +199,6 @@ def read(
     whole_NP = np.array(world.totals(found_NP.ravel().tolist())).reshape(found_NP.shape)
     scores = {detector: whole_NP[:, place] for place, detector in enumerate(detectors)}
     return scores, whole_NP[:, len(detectors) :]
-
-
-def _has_trained_head(llm: FrozenLLM) -> bool:
-    """Whether there is a classification head that says anything: a new one is zeros."""
-    return llm.class_head is not None and bool(llm.class_head.any())
 
 
 def _read_batch(llm: FrozenLLM, questions: Sequence[Question]) -> NDArray[np.float64]:
@@ -221,8 +216,7 @@ def _read_batch(llm: FrozenLLM, questions: Sequence[Question]) -> NDArray[np.flo
     rows = []
     for yes, no, stem in zip(sums[::2], sums[1::2], packed.stems, strict=True):
         scores = [(yes - no)[None]]
-        if _has_trained_head(llm):
-            assert llm.class_head is not None
+        if llm.class_head is not None:
             negative, positive = llm.class_head @ states_SD[stem[-1]]
             scores.append((positive - negative)[None])
         rows.append(torch.cat([*scores, states_SD[stem].mean(0)]))

@@ -366,6 +366,8 @@ class LLM:
         }
         live = self.class_head
         class_head = None if live is None else gathered(live.detach()).clone()
+        if class_head is not None and not class_head.any():
+            class_head = None  # a new one: it says nothing yet
         return FrozenLLM(self, trained, self._whole_head(), class_head)
 
     def without_adapters(self) -> FrozenLLM:

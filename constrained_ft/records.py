@@ -1,4 +1,4 @@
-"""What a row says: a text, a prompt with its completion, or a chat; and the rows of a section.
+"""What a row says: a text, a prompt with its completion, a labelled question, or a chat.
 
 Rows come as `text`, as `prompt` + `completion`, or as chat `messages`. Nothing is tokenised here.
 """
@@ -133,10 +133,8 @@ def _asked(
             f"{origin}: the label `{question.label}` is {found!r}, but must be a number, or true "
             "or false"
         )
-    asked, positive = (
-        question.template.replace("{text}", content.text),
-        label >= question.positive_from,
-    )
+    asked = question.template.replace("{text}", content.text)
+    positive = label >= question.positive_from
     if question.by == "head":
         return Labelled(question=asked, positive=positive)
     return Completion(prompt=asked, completion=question.positive if positive else question.negative)

@@ -35,6 +35,8 @@ from constrained_ft.detection import Question, load_questions
 from constrained_ft.distributed import default_device, wants_bf16
 from constrained_ft.encoding import pad_id
 from constrained_ft.intervals import Interval, resampled_counts
+from constrained_ft.llm import right_padded_inputs
+from constrained_ft.packing import pad_right
 from constrained_ft.randomness import seed_everything
 from constrained_ft.resources import resolve_model
 
@@ -42,7 +44,6 @@ BATCH = 16
 RANK = 16
 RATE = 5e-4
 WARMUP = 0.1  # of the steps
-PUBLIC = "evaluation=detection"
 
 
 class Classifier:
@@ -51,18 +52,17 @@ class Classifier:
     def __init__(self, folder: str, seed: int) -> None:
         source = resolve_model(folder, None)
         self.padding = pad_id(AutoTokenizer.from_pretrained(source))
-        with seed_everything(seed):
-            module = AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=2, pad_token_id=self.padding, use_safetensors=True
-            )
-        # PEFT trains the head as a whole in tasks of this type.
-        lora = peft.LoraConfig(
-            r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="SEQ_CLS"
-        )
         with seed_everything(seed), warnings.catch_warnings():
             # PEFT asks transformers for an attribute by its old name.
             warnings.filterwarnings(
                 "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+            )
+            module = AutoModelForSequenceClassification.from_pretrained(
+                source, num_labels=2, pad_token_id=self.padding, use_safetensors=True
+            )
+            # PEFT trains the head as a whole in tasks of this type.
+            lora = peft.LoraConfig(
+                r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="SEQ_CLS"
             )
             self.module = peft.get_peft_model(module, lora).to(default_device())
         self.bf16 = wants_bf16("auto", tiny=False)
@@ -105,21 +105,15 @@ class Classifier:
         return {one.id: found[one.id] for one in questions}
 
     def _logits(self, batch: Sequence[Question]) -> Tensor:
-        longest = max(len(one.token_ids) for one in batch)
-        ids_BL = torch.full((len(batch), longest), self.padding)
-        mask_BL = torch.zeros_like(ids_BL)
-        for row, one in enumerate(batch):
-            ids_BL[row, : len(one.token_ids)] = torch.tensor(one.token_ids)
-            mask_BL[row, : len(one.token_ids)] = 1
-        device = self.module.device
+        device, classifier = self.module.device, self.module.base_model.model
+        ids_BL, lengths_B = pad_right([one.token_ids for one in batch], self.padding, device)
+        inputs = right_padded_inputs(ids_BL, lengths_B)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            states_BLD = self.module.base_model.model.base_model(
-                input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device)
-            ).last_hidden_state
+            states_BLD = classifier.base_model(**inputs).last_hidden_state
         # The last token of each; transformers would look for it by the id of the padding, which a
         # text may hold as well.
-        last_BD = states_BLD[torch.arange(len(batch)), mask_BL.sum(-1) - 1]
-        logits: Tensor = self.module.base_model.model.score(last_BD.float())
+        last_BD = states_BLD[torch.arange(len(batch), device=device), lengths_B - 1]
+        logits: Tensor = classifier.score(last_BD.float())
         return logits
 
 
@@ -183,7 +177,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", dest="overrides")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()  # it tells at length that the head is new
-    config = compose([PUBLIC, *options.overrides]).evaluation.detection
+    config = compose(["evaluation=detection", *options.overrides]).evaluation.detection
     assert config is not None
     found = {m: classifiers(m, config, options.seeds, options.epochs) for m in options.models}
     print("\n".join(table(found)))
