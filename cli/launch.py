@@ -453,7 +453,7 @@ def summary(config: "Config") -> dict[str, str]:
     """What a configuration comes to, a line for each part."""
     llm, prompts, trainer = config.llm, config.prompts, config.trainer
     steps = trainer.iterations * trainer.steps_per_iteration
-    rollouts = prompts.prompts_per_iteration * prompts.samples_per_prompt
+    scored = prompts.scored_completions
     weights = "all weights" if llm.lora is None else f"LoRA, rank {llm.lora.r}"
     rows = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
     sources = [config.data.path, config.data.name, *config.data.sources]
@@ -463,8 +463,9 @@ def summary(config: "Config") -> dict[str, str]:
         "model": f"{llm.model_name_or_path.partition('#')[0]} ({weights})",
         "corpus": _words(sources),
         "prompts": f"{_words(asked)}; {prompts.prompts_per_iteration} x "
-        f"{prompts.samples_per_prompt} = {rollouts:,} completions of {prompts.max_new_tokens} "
-        "tokens an iteration",
+        f"{prompts.samples_per_prompt} = {prompts.completions:,} completions of "
+        f"{prompts.max_new_tokens} tokens an iteration"
+        + (f", {scored:,} of them scored" if scored < prompts.completions else ""),
         "constraint": "; ".join(
             (f"{name}: " if constraint.terms else "")
             + f"{term.scorer.kind}, satisfied at {term.satisfied_at:g}, "

@@ -351,10 +351,24 @@ class PromptsConfig(Section):
     """Share of an iteration's completions whose beginning, 1 token to all at random, is guided by
     the auxiliary of the iteration before. Only the auxiliary learns from them, and only from where
     the guidance ends. For constraints that are rarely satisfied; needs `sampler.kind` cft."""
+    scored_share: float = Field(default=1.0, gt=0, le=1)
+    """Share of an iteration's completions that are scored, as many of each prompt as can be. The
+    others are text whose every next token the auxiliary has an opinion of: the update reads them
+    all the same. For scorers whose every call costs; 1 scores all."""
     max_new_tokens: int = Field(gt=0)
     """Longest completion, in tokens. The constraint judges the completion as it stands there."""
     held_out_share: float = Field(gt=0, lt=1)
     """Share of the prompts that training never samples, chosen by a hash of the text."""
+
+    @property
+    def completions(self) -> int:
+        """Completions sampled in an iteration."""
+        return self.prompts_per_iteration * self.samples_per_prompt
+
+    @property
+    def scored_completions(self) -> int:
+        """Those of them that are scored."""
+        return max(1, round(self.scored_share * self.completions))
 
     @model_validator(mode="after")
     def _one_shape(self) -> "PromptsConfig":
@@ -718,6 +732,22 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _unscored_can_be_read(self) -> "Config":
+        trainer = self.trainer
+        reads_labels = {
+            "trainer.divergence=accepted": trainer.divergence == "accepted",
+            "trainer.prefixes=accepted": trainer.prefixes == "accepted",
+            "trainer.trl": trainer.trl is not None,
+        }
+        for key, reads in reads_labels.items():
+            if reads and self.prompts.scored_share < 1:
+                raise ValueError(
+                    f"prompts.scored_share={self.prompts.scored_share} leaves completions without "
+                    f"a label, which {key} reads of each; leave it at 1"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _reverse_kl_is_finite(self) -> "Config":
         bounded = self.constraint.threshold < 1 or not self.constraint.has_hard_labels
         if self.trainer.divergence == "reverse_kl" and not bounded:
@@ -755,7 +785,7 @@ class Config(Section):
             raise ValueError("trainer.trl runs in one process; use placement=inline")
         if self.trainer.sharding != "none":
             raise ValueError("trainer.trl runs in one process; use trainer.sharding=none")
-        total = prompts.prompts_per_iteration * prompts.samples_per_prompt
+        total = prompts.completions
         if total % steps or total < 2 * steps:
             raise ValueError(
                 f"trainer.trl needs an iteration's {total} completions (prompts_per_iteration x "

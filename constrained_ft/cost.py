@@ -76,6 +76,8 @@ class Work:
     rollouts_per_step: int
     batch: int
     """Completions sampled at once."""
+    scored_share: Number = 1.0
+    """Of the completions; R is fitted to these."""
     candidates: int = 1
     reference: Literal["fresh", "matched", "live"] = "fresh"
     learns: bool = True
@@ -308,13 +310,13 @@ def _gathered(shape: Shape, layout: Layout, passes: Number) -> Demand:
 
 def scoring(work: Work, layout: Layout) -> Demand:
     """Each rank its own completions, one after the other."""
-    own = math.ceil(work.rollouts / layout.learners)
+    own = math.ceil(work.scored_share * work.rollouts / layout.learners)
     return Demand(waited=own * work.score_seconds, meetings=2 * (layout.learners > 1))
 
 
 def auxiliary(shape: Shape, work: Work, layout: Layout) -> Demand:
     """Steps of R over all examples, epoch by epoch."""
-    ranks, examples = layout.learners, work.rollouts * work.examples
+    ranks, examples = layout.learners, work.scored_share * work.rollouts * work.examples
     steps = work.epochs * math.ceil(examples / work.fit_batch)
     positions = work.fit_batch * work.new_tokens / ranks
     weights = 2 * shape.hidden * work.rank

@@ -4,17 +4,19 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
 
 from constrained_ft.config import Config
+from constrained_ft.distributed import World
 from constrained_ft.fused import Labels, Tilt, chunk_rows_for, fused_losses
 from constrained_ft.llm import LLM
 from constrained_ft.packing import Tree
 from constrained_ft.prompts import Prompts
 from constrained_ft.randomness import seed_everything
+from constrained_ft.sharding import own_part
 
 _BUFFERS = 2  # float32 tensors of [chunk rows, vocabulary] in one loss, beside those of R
 _SAMPLING_BUFFERS = 4  # the same of [rows, vocabulary] when a token is drawn
@@ -49,14 +51,19 @@ def activation_bytes(llm: LLM) -> float:
     return sum(kept.values()) / packed.ids_BL.numel()
 
 
-def estimate_memory(llm: LLM, prompts: Prompts, config: Config, evaluation: int = 0) -> int | None:
+def estimate_memory(
+    llm: LLM,
+    prompts: Prompts,
+    config: Config,
+    evaluation: int = 0,
+    world: World | None = None,
+) -> int | None:
     """Bytes at the peak of a run whose parts are loaded; None where the system does not tell.
-
-    None too where weights are sharded: what is rehearsed here needs whole ones.
 
     The passes of the largest update are rehearsed, as no count knows what an allocator leaves
     unused between tensors. To their peak comes what training adds for good; the other stages are
-    reckoned from what is held now.
+    reckoned from what is held now. Where weights are sharded, all ranks rehearse together, and what
+    samples or measures has whole ones beside.
 
     Args:
         llm: before training.
@@ -64,26 +71,35 @@ def estimate_memory(llm: LLM, prompts: Prompts, config: Config, evaluation: int 
         config: the whole run.
         evaluation: bytes that measuring the base model took at its peak beside what is held;
             measuring the fine-tuned one takes them again.
+        world: the ranks that train; None is this process alone.
     """
+    world = world or World.alone()
     held = held_memory(llm.device)
-    if held is None or llm.is_sharded:
+    # One that cannot watch would leave the others waiting for its part of the weights.
+    (blind,) = world.totals([float(held is None or not forget_peak(llm.device))])
+    if held is None or (blind and llm.is_sharded):
         return None
-    rehearsed = peak_during(lambda: _rehearse_update(llm, prompts, config), llm.device)
+    with world.together() if llm.is_sharded else nullcontext():
+        rehearsed = peak_during(lambda: _rehearse_update(llm, prompts, config), llm.device)
     update = held + _update_bytes(llm, prompts, config) if rehearsed is None else rehearsed
     # The base model's completions hardly end before the last token. Once they do, rows are taken
     # out of the cache, which copies what stays.
     again = evaluation + _cache_bytes(llm, config) if evaluation else 0
-    others = held + max(again, _sampling_bytes(llm, config), _export_bytes(llm, config))
+    whole = _whole_bytes(llm)
+    others = held + max(
+        again, whole + _sampling_bytes(llm, config), whole + _export_bytes(llm, config)
+    )
     # What samples is a copy of what is trained; measuring the fine-tuned model needs two.
     others += 4 * _num_trained(llm)
-    whole = _training_bytes(llm, config) + max(update, others)
-    return max(whole, peak_memory(llm.device) or 0)
+    peak = _training_bytes(llm, config) + max(update, others)
+    return max(peak, peak_memory(llm.device) or 0)
 
 
 def _rehearse_update(llm: LLM, prompts: Prompts, config: Config) -> None:
     """Forward and backward of as many tokens as a step may have; changes nothing."""
     trees = _largest_batch(llm, prompts, config)
-    with seed_everything(0), llm.training():
+
+    def compute() -> torch.Tensor:
         states_SD = llm.packed_states(llm.pack(trees))
         next_S = torch.zeros(len(states_SD), dtype=torch.long, device=llm.device)
         ones_S = torch.ones(len(states_SD), device=llm.device)
@@ -101,8 +117,12 @@ def _rehearse_update(llm: LLM, prompts: Prompts, config: Config) -> None:
             weights_M=ones_S,
         )
         labels = Labels(next_M=next_S, weights_M=ones_S)
-        fused_losses(states_SD, llm.head, tilt=tilt, labels=labels).loss.backward()
-    llm.module.zero_grad(set_to_none=True)
+        return fused_losses(states_SD, llm.head, tilt=tilt, labels=labels).loss
+
+    with seed_everything(0), llm.training():
+        llm.inside(compute).backward()
+    for parameter in llm.trained_parameters().values():
+        parameter.grad = None
 
 
 def _largest_batch(llm: LLM, prompts: Prompts, config: Config) -> list[Tree]:
@@ -127,12 +147,22 @@ def _training_bytes(llm: LLM, config: Config) -> int:
     """Moments of what is trained, and rollouts that are kept."""
     prompts, width = config.prompts, llm.head.weight_VD.shape[1]
     kept = config.auxiliary.replay_iterations + 2
-    tokens = prompts.prompts_per_iteration * prompts.samples_per_prompt * prompts.max_new_tokens
-    return 4 * 2 * _num_trained(llm) + kept * tokens * width * _state_bytes(llm)
+    tokens = prompts.completions * prompts.max_new_tokens
+    own = sum(own_part(one).numel() for one in llm.trained_parameters().values())
+    return 4 * 2 * own + kept * tokens * width * _state_bytes(llm)
 
 
 def _num_trained(llm: LLM) -> int:
     return sum(parameter.numel() for parameter in llm.trained_parameters().values())
+
+
+def _whole_bytes(llm: LLM) -> int:
+    """Whole weights, for what samples, where this rank has a part of them."""
+    if not llm.is_sharded:
+        return 0
+    trunk = sum(p.numel() * p.element_size() for p in llm.module.base_model.parameters())
+    head: int = llm.head.weight_VD.numel() * 4  # gathered by itself, tied or not
+    return trunk + head
 
 
 def _update_bytes(llm: LLM, prompts: Prompts, config: Config) -> int:
@@ -160,7 +190,7 @@ def _sampled_rows(config: Config) -> int:
     """Completions that are sampled at once, at most."""
     prompts, evaluation = config.prompts, config.evaluation
     held_out = evaluation.max_prompts * evaluation.samples_per_prompt
-    most = max(held_out, prompts.prompts_per_iteration * prompts.samples_per_prompt)
+    most = max(held_out, prompts.completions)
     return min(config.sampler.batch_size, most)
 
 
@@ -188,7 +218,7 @@ def _state_bytes(llm: LLM) -> int:
 def memory_words(llm: LLM, estimate: int | None) -> str:
     """The estimate, before a run."""
     if estimate is None:
-        return "not known on this system" if not llm.is_sharded else "not known: sharded weights"
+        return "not known on this system"
     again = ", activations computed twice" if llm.checkpoints else ""
     return f"about {estimate / 2**30:.1f} GiB{again}"
 

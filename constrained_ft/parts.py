@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -68,8 +68,8 @@ class Parts:
     """What the auxiliary is fitted to, the newest iteration first."""
 
     def remember(self, labeled: LabeledRollouts, earlier: int) -> None:
-        """Put the newest rollouts first and keep so many earlier iterations."""
-        self.replay = [labeled, *self.replay[:earlier]]
+        """Put the newest rollouts first and keep so many earlier iterations, what was scored."""
+        self.replay = [labeled, *(replace(one, unscored=None) for one in self.replay[:earlier])]
 
     def tolerate(self, fault: str, guard: GuardConfig, consequence: str) -> None:
         """Go on after a fault, with a note.

@@ -35,7 +35,7 @@ def look_before(parts: Parts, config: Config, folder: RunFolder) -> Evaluation:
     watched, held = forget_peak(device), held_memory(device) or 0
     base = _evaluate_base(parts, config, folder)
     taken = recent_peak(device) - held if watched else 0
-    parts.memory_estimate = estimate_memory(parts.llm, parts.prompts, config, taken)
+    parts.memory_estimate = estimate_memory(parts.llm, parts.prompts, config, taken, parts.world)
     _announce(parts, config, folder, base)
     with parts.llm.gathered():
         if parts.everyone.leads:
@@ -202,7 +202,7 @@ def _terms_words(base: Evaluation) -> str:
 def _scoring_words(config: Config, base: Evaluation) -> str:
     """What the scorer's speed means for the run."""
     each = base.seconds_per_score
-    rollouts = config.prompts.prompts_per_iteration * config.prompts.samples_per_prompt
+    rollouts = config.prompts.scored_completions
     whole = each * rollouts * config.trainer.iterations
     return (
         f"{1000 * each:.2g} ms a completion: {each * rollouts:.1f} s an iteration, "

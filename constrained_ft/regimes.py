@@ -43,7 +43,7 @@ def advice(base: Evaluation, config: Config) -> str | None:
     graded = bool(overrides)
     if rate > NEAR_CERTAIN and config.prompts.candidates == 1:
         overrides.append(f"prompts.candidates={_CANDIDATES}")
-    have = config.prompts.prompts_per_iteration * config.prompts.samples_per_prompt
+    have = config.prompts.completions
     if not graded and rarer > 0 and have * rarer < _WANTED:
         wanted = math.ceil(_WANTED / rarer / config.prompts.prompts_per_iteration)
         each = min(wanted, _MOST * config.prompts.samples_per_prompt)

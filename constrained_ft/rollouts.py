@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from constrained_ft.config import ConstraintConfig, SamplerConfig
+from constrained_ft.config import ConstraintConfig, PromptsConfig, SamplerConfig
 from constrained_ft.decoding import (
     Decoded,
     Guide,
@@ -104,6 +104,17 @@ class LabeledRollouts:
     """The tilts and bars behind the labels."""
     effective: float
     """Completions that carry the labels."""
+    unscored: Rollouts | None = None
+    """Completions of the LLM that no scorer was to be asked about (`prompts.scored_share`)."""
+
+    @property
+    def said(self) -> Rollouts:
+        """What the LLM itself said, scored or not: the prefixes of the target."""
+        own = self.unguided.rollouts
+        if self.unscored is None:
+            return own
+        prompts = {prompt.id: prompt for prompt in (*own.prompts, *self.unscored.prompts)}
+        return joined([own, self.unscored], tuple(prompts.values()))
 
     @property
     def least_scores(self) -> Float[Tensor, " N"]:
@@ -272,6 +283,36 @@ def _by_server(
     found = read_completions(llm, stems, [one.ids for one in said])
     version.compare(llm, said, found)
     return _rollouts(llm, prompts, found, asked, version.name)
+
+
+def to_be_scored(
+    rollouts: Rollouts, prompts: Sequence[Prompt], config: PromptsConfig, seed: int
+) -> Bool[Tensor, " N"]:
+    """Which completions are scored, `prompts.scored_share`: the same whichever batch asks.
+
+    The first ones of each prompt, since they are exchangeable, one more of some prompts by chance.
+    What R guided is scored too: only R learns from that.
+
+    Args:
+        rollouts: all completions of some prompts; the rows of a prompt are neighbours.
+        prompts: all prompts of the iteration.
+        config: the `prompts` section.
+        seed: of the chance, with the iteration.
+    """
+    own_N = rollouts.guided_N == 0
+    if config.scored_share == 1:
+        return torch.ones_like(own_N)
+    total = max(1, round(config.scored_share * config.samples_per_prompt * len(prompts)))
+    each, more = divmod(total, len(prompts))
+    generator = generator_for(seed, "scored", rollouts.iteration)
+    order = torch.randperm(len(prompts), generator=generator).tolist()
+    most = {prompts[i].id: each + (place < more) for place, i in enumerate(order)}
+    most_S = torch.tensor([most[prompt.id] for prompt in rollouts.prompts], device=own_N.device)
+    counts_S = torch.bincount(rollouts.prompt_N, minlength=len(rollouts.prompts))
+    first_S = counts_S.cumsum(0) - counts_S
+    before_N = own_N.cumsum(0) - own_N.long()
+    place_N = before_N - before_N[first_S[rollouts.prompt_N]]  # among those of its prompt
+    return ~own_N | (place_N < most_S[rollouts.prompt_N])
 
 
 def label(
@@ -493,11 +534,14 @@ def rollouts_from(tensors: Mapping[str, Tensor], facts: Any) -> Rollouts:
 
 def labeled_tensors(labeled: LabeledRollouts) -> dict[str, Tensor]:
     """The tensors of labelled rollouts by name; everything else is `labeled_facts`."""
-    return rollout_tensors(labeled.rollouts) | {
+    tensors = rollout_tensors(labeled.rollouts) | {
         "scores": labeled.scores_NJ,
         "satisfied": labeled.satisfied_N,
         "labels": labeled.labels_N,
     }
+    if labeled.unscored is not None:
+        tensors |= {f"unscored.{n}": part for n, part in rollout_tensors(labeled.unscored).items()}
+    return tensors
 
 
 def labeled_facts(labeled: LabeledRollouts) -> dict[str, Any]:
@@ -507,6 +551,7 @@ def labeled_facts(labeled: LabeledRollouts) -> dict[str, Any]:
         "betas": list(labeled.settled.betas),
         "bars": list(labeled.settled.bars),
         "effective": labeled.effective,
+        "unscored": None if labeled.unscored is None else rollout_facts(labeled.unscored),
     }
 
 
@@ -516,6 +561,8 @@ def labeled_from(tensors: Mapping[str, Tensor], facts: Any) -> LabeledRollouts:
     Raises:
         KeyError, TypeError, ValueError: when they are of something else.
     """
+    under = "unscored."
+    unscored = {n.removeprefix(under): part for n, part in tensors.items() if n.startswith(under)}
     return LabeledRollouts(
         rollouts=rollouts_from(tensors, facts),
         scores_NJ=tensors["scores"],
@@ -524,6 +571,7 @@ def labeled_from(tensors: Mapping[str, Tensor], facts: Any) -> LabeledRollouts:
         missing=int(facts["missing"]),
         settled=Settled(betas=tuple(facts["betas"]), bars=tuple(facts["bars"])),
         effective=float(facts["effective"]),
+        unscored=rollouts_from(unscored, facts["unscored"]) if unscored else None,
     )
 
 

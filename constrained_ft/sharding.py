@@ -77,6 +77,11 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor: all of one that is not divided."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def put_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give a model weights by their names in `named_parameters`; tied ones stay tied."""
     named = module.named_parameters()

@@ -227,6 +227,7 @@ def work_of(config: Config, lengths: Lengths, updaters: int) -> Work:
         steps=trainer.steps_per_iteration,
         rollouts_per_step=trainer.rollouts_per_step,
         batch=config.sampler.batch_size,
+        scored_share=prompts.scored_share,
         candidates=prompts.candidates,
         reference=trainer.reference,
         learns=trainer.learns_target,

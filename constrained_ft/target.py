@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from constrained_ft import equations
 from constrained_ft.auxiliary import LOGIT_LIMIT, Evidence, FrozenAuxiliary, TokenTable
-from constrained_ft.config import Config, ConstraintConfig, GuardConfig, TrainerConfig
+from constrained_ft.config import Config, ConstraintConfig, GuardConfig
 from constrained_ft.distributed import StopRequest, World, pack, unpack
 from constrained_ft.fit import fit_auxiliary, quality_of
 from constrained_ft.fused import Head, Labels, Tilt, expected_satisfaction, fused_losses
@@ -36,6 +36,7 @@ from constrained_ft.rollouts import (
     by_term,
     completion_hidden_states,
     sample,
+    to_be_scored,
     with_labels_of,
     with_scores,
 )
@@ -215,6 +216,10 @@ def learn_auxiliary(
     prompts = prompts_to_sample(parts, config, reference, iteration)
     display.phase("sampling", len(prompts) * config.prompts.samples_per_prompt)
     constraint = config.constraint
+
+    def scored_of(said: Rollouts) -> Bool[Tensor, " N"]:
+        return to_be_scored(said, prompts, config.prompts, config.seed)
+
     with Scoring(parts.scorers, parts.world, stop) as scoring:
         with parts.phases.during("sampling"):
             rollouts = sample(
@@ -228,16 +233,20 @@ def learn_auxiliary(
                 display=display,
                 stop=stop,
                 world=parts.world,
-                each=scoring.begin,
+                each=lambda part: scoring.begin(part.take(scored_of(part).nonzero()[:, 0])),
                 server=parts.server,
                 roll_ins=_roll_ins(parts, config),
             )
+        scored_N = scored_of(rollouts)
+        unscored = rollouts.take((~scored_N).nonzero()[:, 0])
+        rollouts = rollouts.take(scored_N.nonzero()[:, 0])
         display.phase("scoring", len(rollouts.texts))
         with parts.phases.during("scoring") as spent:
             scored = scoring.finish(rollouts, constraint.max_missing_rate)
             before = parts.replay[0].settled if parts.replay else None
             scores = [one.scores for one in scored]
             labeled = with_scores(rollouts, scores, constraint, before)
+            labeled = replace(labeled, unscored=unscored if unscored.texts else None)
             spent.tokens += int(rollouts.mask_NT.sum())
     _warn_of_missing(scored, display)
     own = labeled.unguided
@@ -379,7 +388,8 @@ def build_target(
     that of all rollouts, and little time goes to text that the constraint has nothing to say about.
 
     Args:
-        labeled: all rollouts of one iteration; those that R guided are left out.
+        labeled: all rollouts of one iteration; those that R guided are left out, those without a
+            label are not.
         auxiliary: R.
         head: output head of the LLM that sampled them.
         config: sections `constraint` and `trainer`, and the seed.
@@ -387,22 +397,26 @@ def build_target(
         facts: what those passes gave, where a target is built again.
     """
     world = world or World.alone()
-    labeled, trainer = labeled.unguided, config.trainer
-    rollouts = labeled.rollouts
+    trainer, rollouts = config.trainer, labeled.said
     evidence = auxiliary.read(rollouts)
     if facts is None:
-        satisfaction = _prompt_satisfaction(labeled, evidence, auxiliary, head, world)
+        satisfaction = _prompt_satisfaction(rollouts, evidence, auxiliary, head, world)
     else:
         satisfaction = facts.log_satisfied_S, facts.log_violated_S
     log_satisfied_S, log_violated_S = satisfaction
     has_floor = config.constraint.threshold < 1
     log_floor_S = equations.log_floor_for_threshold(
-        *_calibrated(labeled, log_satisfied_S, log_violated_S), config.constraint.threshold
+        *_calibrated(labeled.unguided, log_satisfied_S, log_violated_S), config.constraint.threshold
     )
     floor_S = log_floor_S.exp() if has_floor else torch.zeros_like(log_floor_S)
     floor_N = floor_S[rollouts.prompt_N]
     log_prompt_N = log_satisfied_S[rollouts.prompt_N]
-    weights_NT = _prefix_weights(labeled, evidence, auxiliary.table, floor_N, log_prompt_N, trainer)
+    if trainer.prefixes == "accepted":
+        labels_N = labeled.unguided.labels_N
+        weights_N = equations.accepted_weights(labels_N, log_prompt_N.exp(), floor_N)
+        weights_NT = weights_N[:, None].expand_as(rollouts.mask_NT)
+    else:
+        weights_NT = _prefix_weights(rollouts, evidence, auxiliary.table, floor_N, log_prompt_N)
     weights_NT, clipped = equations.clip_weights(
         weights_NT, trainer.max_prefix_weight, rollouts.mask_NT
     )
@@ -467,18 +481,13 @@ def _calibrated(
 
 
 def _prefix_weights(
-    labeled: LabeledRollouts,
+    rollouts: Rollouts,
     evidence: Evidence,
     table: TokenTable,
     floor_N: Float[Tensor, " N"],
     log_prompt_N: Float[Tensor, " N"],
-    trainer: TrainerConfig,
 ) -> Float[Tensor, "N T"]:
-    """w(h) before clipping, an estimate of q*(h) / p(h)."""
-    rollouts = labeled.rollouts
-    if trainer.prefixes == "accepted":
-        weights_N = equations.accepted_weights(labeled.labels_N, log_prompt_N.exp(), floor_N)
-        return weights_N[:, None].expand_as(rollouts.mask_NT)
+    """w(h) before clipping, an estimate of q*(h) / p(h) by what R says of h."""
     logits_NT = table.logits_of(evidence.factors_NTJR, evidence.offset_NTJ, rollouts.ids_NT)
     log_token_NT = equations.floored_logprob(F.logsigmoid(logits_NT), floor_N[:, None])
     floored_prompt_N = equations.floored_logprob(log_prompt_N, floor_N)
@@ -522,14 +531,13 @@ def _some_rollouts(
 
 
 def _prompt_satisfaction(
-    labeled: LabeledRollouts,
+    rollouts: Rollouts,
     evidence: Evidence,
     auxiliary: FrozenAuxiliary,
     head: Head,
     world: World,
 ) -> tuple[Float[Tensor, " S"], Float[Tensor, " S"]]:
     """log R(x) and log(1 - R(x)) of every prompt: one step of expectation from the prompt."""
-    rollouts = labeled.rollouts
     counts_S = torch.bincount(rollouts.prompt_N, minlength=len(rollouts.prompts))
     first_S = counts_S.cumsum(0) - counts_S
     mine_S = world.share(torch.arange(len(counts_S), device=first_S.device))

@@ -140,7 +140,7 @@ class _Session:
     @property
     def completions(self) -> int:
         """Of one iteration."""
-        return self.config.prompts.prompts_per_iteration * self.config.prompts.samples_per_prompt
+        return self.config.prompts.completions
 
     def begin(self) -> None:
         """Announce the next iteration."""

@@ -41,7 +41,7 @@ from constrained_ft.distributed import StopRequest, World, join  # noqa: E402
 from constrained_ft.finetune import corpus_rows, rows_after_first_step, update_llm  # noqa: E402
 from constrained_ft.machine import processor  # noqa: E402
 from constrained_ft.memory import forget_peak, recent_peak  # noqa: E402
-from constrained_ft.parts import build_parts  # noqa: E402
+from constrained_ft.parts import build_parts, shard_llm  # noqa: E402
 from constrained_ft.phases import Phases  # noqa: E402
 from constrained_ft.prediction import (  # noqa: E402
     DEVICES,
@@ -118,6 +118,9 @@ CASES = {
     "two processes": Case(ranks=2),
     "two processes, all weights": Case(
         overrides=("llm.lora=null", "trainer.learning_rate=1e-4"), ranks=2
+    ),
+    "two processes, shards": Case(
+        overrides=("llm.lora=null", "trainer.learning_rate=1e-4", "trainer.sharding=fsdp2"), ranks=2
     ),
     "two processes, small": Case(overrides=("llm.lora.first_layer=6",), small=True, ranks=2),
 }
@@ -251,6 +254,7 @@ def run_case(name: str, small: str, clock: str) -> dict[str, Any]:
     stop, device = StopRequest(), torch.device("cpu")
     world = join(stop, 600, 600) if case.ranks > 1 else World.alone()
     parts = build_parts(config, Silent(), stop, world=world)
+    shard_llm(parts, config)
     before = ceilings(device, size=1024, megabytes=64, clock=ticks)
     forget_peak(device)
     met: list[tuple[float, float, float]] = []
@@ -288,6 +292,7 @@ def run_case(name: str, small: str, clock: str) -> dict[str, Any]:
         "shape": asdict(shape_of(config.llm)),
         "work": asdict(work),
         "ranks": case.ranks,
+        "sharding": config.trainer.sharding,
         "before": before,
         "after": after,
     }
@@ -311,7 +316,8 @@ def predicted(
         for name in row["before"]
     }
     device = sizing.cpu(found, row["ranks"], reached, unused)
-    return predict(Shape(**row["shape"]), Work(**row["work"]), Layout(ranks=row["ranks"]), device)
+    layout = Layout(ranks=row["ranks"], sharding=row.get("sharding", "none"))
+    return predict(Shape(**row["shape"]), Work(**row["work"]), layout, device)
 
 
 def reached_by(row: Mapping[str, Any]) -> dict[str, float]:

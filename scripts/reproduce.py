@@ -573,10 +573,11 @@ not."""
 TIME = """\
 How long, and how many scored completions, until half as many completions of held-out prompts
 violate the constraint as the base model's, with the corpus's perplexity at most 2 % above the
-base's. Every method samples 64 completions an iteration, is measured after every third, when the
+base's. Every method samples 64 completions an iteration, is measured again and again, when the
 clock stands, and gets as many trials of its settings
-([evaluation.md](evaluation.md#what-training-has-cost)). cft also scores texts of one token, for
-what R knows of the vocabulary before it has seen a completion: other scored texts."""
+([evaluation.md](evaluation.md#what-training-has-cost)). GRPO and RLOO need the score of every one;
+cft learns R from some (`prompts.scored_share`) and reads all. It also scores texts of one token,
+for what R knows of the vocabulary before it has seen a completion: other scored texts."""
 TITLES = {
     "toxic": "A corpus rich in toxic text",
     "clean": "A clean corpus",

@@ -51,10 +51,10 @@ from constrained_ft.train import train
 
 TRIALS: dict[str, tuple[tuple[str, ...], ...]] = {
     "cft": (
+        ("trainer.learning_rate=1.5e-3", "prompts.scored_share=0.25"),
         ("trainer.learning_rate=1.5e-3",),
-        ("trainer.learning_rate=1.5e-3", "trainer.steps_per_iteration=4"),
-        ("trainer.learning_rate=3e-3",),
-        ("trainer.learning_rate=1.5e-3", "trainer.kl_weight=40"),
+        ("trainer.learning_rate=3e-3", "prompts.scored_share=0.25"),
+        ("trainer.learning_rate=1.5e-3", "prompts.scored_share=0.25", "trainer.kl_weight=40"),
     ),
     "grpo": (
         ("trainer.learning_rate=1.5e-3", "trainer.trl.weight=10"),
