@@ -87,6 +87,7 @@ def train(
         row = _update(parts, target, config, folder, iteration)
         updated = time.monotonic()
 
+        release_freed()  # what an update leaves is as much as a checkpoint takes
         target = pending.wait()  # nothing is in flight past this line, so it is safe to save
         if target.iteration == iteration:  # the last overlapped iteration learns none
             row |= target.metrics
