@@ -25,9 +25,11 @@ from constrained_ft.config import Config
 from constrained_ft.distributed import StopRequest, World
 from constrained_ft.errors import CheckpointError, ConfigError, Interrupted, ScorerError
 from constrained_ft.finetune import update_llm
+from constrained_ft.memory import estimate_memory
 from constrained_ft.parts import shard_llm
 from constrained_ft.progress import Silent
 from constrained_ft.run_folder import RunFolder
+from constrained_ft.sharding import own_part
 from constrained_ft.target import learn_target
 from constrained_ft.train import train
 
@@ -73,8 +75,16 @@ def five_steps(world: World, stop: StopRequest) -> list[tuple[dict[str, Tensor],
         parts = small_parts(config)
         target = learn_target(parts, config, parts.llm.frozen(), 1)
         parts.world = world
+        whole = parts.llm.trained_parameters().values()
+        numbers = sum(parameter.numel() for parameter in whole)
         shard_llm(parts, config)
         assert parts.llm.is_sharded == (world.size > 1)
+        # The rehearsal of an update is all ranks' too, and leaves nothing behind.
+        assert estimate_memory(parts.llm, parts.prompts, config, world=world) is not None
+        trained = parts.llm.trained_parameters().values()
+        assert all(parameter.grad is None for parameter in trained)
+        own = sum(own_part(one).numel() for one in trained)
+        assert world.totals([float(own)]) == [numbers]
         # A gradient of nothing but rounding, divided by its own size, would be a whole step.
         parts.optimization.optimizer.param_groups[0]["eps"] = 1e-4
         update_llm(parts, target, config, 1)
