@@ -8,6 +8,8 @@ from typing import Any
 
 import check_cost
 import compare_classifiers
+import comparison
+import comparison_page
 import lambda_law
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_every_cell_is_a_run_of_its_own_that_composes() -> None:
-    cells = reproduce.cells()
+    cells = comparison.cells()
     assert len({cell.name for cell in cells}) == len(cells)
     for cell in cells:
         command, *overrides = cell.train(Path("root"))
@@ -37,8 +39,8 @@ def test_every_cell_is_a_run_of_its_own_that_composes() -> None:
         assert config.seed == cell.seed
         steps = config.trainer.iterations * config.trainer.steps_per_iteration
         longer = cell.method.name.endswith("-longer")
-        assert steps == 2 * (reproduce.AS_LONG if longer else reproduce.ITERATIONS)
-    main = [cell for cell in cells if cell.scenario == "toxic" and cell.method in reproduce.MAIN]
+        assert steps == 2 * (comparison.AS_LONG if longer else comparison.ITERATIONS)
+    main = [cell for cell in cells if cell.scenario == "toxic" and cell.method in comparison.MAIN]
     assert sorted({cell.seed for cell in main}) == [0, 1, 2]
 
 
@@ -71,15 +73,16 @@ def test_the_page_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mon
         made = {"processor": "a CPU, 2 cores", "threads": 1, "versions": {"torch": "2.13.0"}}
         (folder / "environment.json").write_text(json.dumps(made | {"git_revision": "0123abc"}))
         (folder / "status.json").write_text(json.dumps({"state": "finished"}))
-    for what, file in (("PAGE", "results.md"), ("FRONT", "front.svg"), ("RECORDS", "r.jsonl")):
-        monkeypatch.setattr(reproduce, what, tmp_path / file)
+    monkeypatch.setattr(comparison, "RECORDS", tmp_path / "r.jsonl")
+    monkeypatch.setattr(comparison_page, "PAGE", tmp_path / "results.md")
+    monkeypatch.setattr(comparison_page, "FRONT", tmp_path / "front.svg")
     for name in measured:
         reproduce.run(tmp_path, name, math.inf)
     # What stands in the file is not done again, and needs the folders no longer.
     for name in measured:
         shutil.rmtree(tmp_path / name)
         reproduce.run(tmp_path, name, math.inf)
-    reproduce.render()
+    comparison_page.render()
     page = (tmp_path / "results.md").read_text(encoding="utf-8")
     (row,) = [line for line in page.splitlines() if line.startswith("| cft |")]
     # Two seeds: 5.97 % and 8 %; 15 and 13 points below plain fine-tuning on every prompt.

@@ -1,0 +1,314 @@
+"""The page of the comparison, docs/results.md, from what was measured."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import time_to_reduction
+from comparison import ABLATIONS, EXTRAS, ITERATIONS, MAIN, OTHERS, ROOT, cells, recorded
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+from constrained_ft.intervals import Interval, bootstrap
+from constrained_ft.paired import sign_flip
+
+PAGE = ROOT / "docs" / "results.md"
+FRONT = ROOT / "docs" / "results_front.svg"
+TIMED = ROOT / "docs" / "time_to_reduction.json"
+CURVES = ROOT / "docs" / "time_to_reduction.svg"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A method in a scenario: what its seeds measured, seed by seed."""
+
+    label: str
+    models: tuple[dict[str, Any], ...]
+
+    def group(self) -> str:
+        """The prompts that are asked for toxic text: the first group."""
+        return next(iter(self.models[0]["groups"]))
+
+    def percent(self, pick: str) -> str:
+        """A share over all seeds; the interval is over prompts, seeds averaged within each."""
+        found = [_pick(model["groups"][self.group()], pick) for model in self.models]
+        mean = float(np.mean([one["mean"] for one in found]))
+        if len(found) == 1:
+            return f"{100 * mean:.1f} % ({100 * found[0]['low']:.1f}–{100 * found[0]['high']:.1f})"
+        spread = " ".join(f"{100 * one['mean']:.1f}" for one in found)
+        return f"{100 * mean:.1f} % ({spread})"
+
+    def perplexity(self) -> str:
+        """Of the corpus's first group of held-out text."""
+        found = self._perplexities()
+        spread = f" ({' '.join(f'{one:.2f}' for one in found)})" if len(found) > 1 else ""
+        return f"{self.news():.2f}{spread}"
+
+    def news(self) -> float:
+        """The same over all seeds."""
+        return float(np.mean(self._perplexities()))
+
+    def _perplexities(self) -> list[float]:
+        return [next(iter(model["perplexity"].values()))["mean"] for model in self.models]
+
+    def toxic(self) -> float:
+        """Share of violations over all seeds."""
+        groups = [model["groups"][self.group()] for model in self.models]
+        return float(np.mean([group["violation"]["mean"] for group in groups]))
+
+    def mean(self, name: str) -> float:
+        """A plain number of the group, over all seeds."""
+        found = [model["groups"][self.group()][name] for model in self.models]
+        return float(np.mean(found))
+
+    def by_prompt(self) -> dict[str, float]:
+        """Share of violations of each prompt, over all seeds."""
+        shares = [model["groups"][self.group()]["violation_by_prompt"] for model in self.models]
+        return {key: float(np.mean([one[key] for one in shares])) for key in shares[0]}
+
+
+def _pick(tree: dict[str, Any], path: str) -> dict[str, float]:
+    for key in path.split("."):
+        tree = tree[key]
+    return tree
+
+
+def rows_of(scenario: str) -> list[Row]:
+    """What there is of a scenario, in the order of `cells`."""
+    done = recorded()
+    found: dict[str, list[dict[str, Any]]] = {}
+    for cell in sorted(cells(), key=lambda cell: cell.seed):
+        if cell.scenario != scenario or cell.name not in done:
+            continue
+        *base, model = done[cell.name]["models"]
+        if base:
+            found["base"] = base
+        found.setdefault(cell.method.name, []).append(model)
+    if f"{scenario}/decoding" in done:
+        models = done[f"{scenario}/decoding"]["models"]
+        for model, label in zip(models[2:], ("sft, R guides", "sft, best of 4"), strict=True):
+            found[label] = [model]
+    return [Row(label=label, models=tuple(models)) for label, models in found.items()]
+
+
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    """Markdown."""
+    yield (
+        "| | toxic | against sft, points | offensive words (list) | prompts with any | "
+        "perplexity, news | distinct-2 | empty | length |"
+    )
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    plain = next((row for row in rows if row.label == "sft"), None)
+    for row in rows:
+        against = "" if plain is None or row is plain else _against(row, plain)
+        yield (
+            f"| {row.label} | {row.percent('violation')} | {against} | "
+            f"{row.percent('judges.judge')} | {row.percent('any_violation')} | "
+            f"{row.perplexity()} | "
+            f"{row.mean('distinct_2'):.2f} | {100 * row.mean('empty'):.1f} % | "
+            f"{row.mean('length'):.1f} |"
+        )
+
+
+def _against(row: Row, other: Row) -> str:
+    mine, theirs = row.by_prompt(), other.by_prompt()
+    values = np.array([mine[key] - theirs[key] for key in mine if key in theirs])
+    found: Interval = bootstrap(values)
+    p_value = sign_flip(values)
+    p = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
+    return f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f}), {p}"
+
+
+def plot(rows: Sequence[Row], file: Path) -> None:
+    """Toxic share against the perplexity of held-out news, every seed a point."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        xs = [next(iter(model["perplexity"].values()))["mean"] for model in row.models]
+        ys = [100 * model["groups"][row.group()]["violation"]["mean"] for model in row.models]
+        axes.scatter(xs, ys, s=28)
+        axes.annotate(row.label, (xs[0], ys[0]), xytext=(6, 4), textcoords="offset points")
+    axes.set(xlabel="perplexity of held-out news", ylabel="toxic, % (log)", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.margins(0.12)
+    axes.grid(alpha=0.3)
+    with rc_context({"svg.hashsalt": "cft"}):  # the same numbers, the same file
+        figure.savefig(file, metadata={"Date": None})
+
+
+def render() -> None:
+    """Write the page and its plot from what is recorded."""
+    lines = [HEAD]
+    for scenario, title in TITLES.items():
+        rows = rows_of(scenario)
+        if not rows:
+            continue
+        lines += [f"## {title}", "", *table(rows), ""]
+        if scenario == "toxic":
+            plot(rows, FRONT)
+            lines += [*_notes(rows), ""]
+            lines += [f"![toxic share against perplexity]({FRONT.name})", ""]
+            lines += [*_benchmarks()]
+        lines += [*_beside_cft(rows), ""]
+        lines += [*_detection(rows)]
+    if TIMED.exists():
+        tree = json.loads(TIMED.read_text(encoding="utf-8"))
+        time_to_reduction.plot(tree, CURVES)
+        lines += ["## Time to half of the violations", "", TIME, "", *time_to_reduction.page(tree)]
+        lines += ["", f"![violations over time and over completions]({CURVES.name})", ""]
+    lines += ["## What a cell costs", "", COSTS, "", *_costs(), ""]
+    lines += ["## Every cell", "", *_commands()]
+    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(PAGE)
+
+
+def _notes(rows: Sequence[Row]) -> Iterator[str]:
+    """What the methods of a table are, where their names do not say it."""
+    shown = {row.label for row in rows}
+    for method in (*MAIN, *OTHERS, *ABLATIONS):
+        if method.name in shown and method.note:
+            yield f"- {method.name}: {method.note}"
+
+
+def _beside_cft(rows: Sequence[Row]) -> Iterator[str]:
+    """Where each method lies on the front, seen from cft."""
+    ours = next((row for row in rows if row.label == "cft"), None)
+    if ours is None:
+        return
+    yield "Beside cft, by the means of the table:"
+    yield ""
+    for row in rows:
+        if row is not ours:
+            toxic = "less" if row.toxic() < ours.toxic() else "more"
+            news = "better" if row.news() < ours.news() else "worse"
+            both = ", so better on both" if (toxic, news) == ("less", "better") else ""
+            part = ours.toxic() / row.toxic() if row.toxic() else math.inf
+            apart = 100 * (ours.news() / row.news() - 1)
+            yield (
+                f"- {row.label}: {toxic} toxic ({100 * row.toxic():.1f} % against "
+                f"{100 * ours.toxic():.1f} %, cft / {row.label} = {part:.2f}) and {news} at "
+                f"held-out news (perplexity {row.news():.2f} against {ours.news():.2f}, "
+                f"cft {apart:+.1f} %){both}"
+            )
+
+
+def _benchmarks() -> Iterator[str]:
+    row = recorded().get("toxic/benchmarks")
+    if row is None:
+        return
+    models = row["models"]
+    labels = ["base", *(cell.method.name for cell in EXTRAS["toxic/benchmarks"])]
+    called = dict(zip([model["model"] for model in models], labels, strict=True))
+    names = list(models[0]["benchmarks"])
+    yield "Accuracy, 250 items each, 95 % intervals over items (`cft evaluate --benchmarks all`):"
+    yield ""
+    yield f"| | {' | '.join(names)} | mean |"
+    yield "|" + " --- |" * (len(names) + 2)
+    for label, model in zip(labels, models, strict=True):
+        # The last metric is the benchmark's score.
+        shown = [[*model["benchmarks"][name]["metrics"].values()][-1] for name in names]
+        cells_ = [f"{100 * one['mean']:.1f}" for one in shown]
+        mean = model["benchmark_mean"]
+        whole = f"{100 * mean['mean']:.1f} ({100 * mean['low']:.1f}–{100 * mean['high']:.1f})"
+        yield f"| {label} | {' | '.join(cells_)} | {whole} |"
+    yield ""
+    for one in row["differences"]:
+        points = [100 * one["difference"][part] for part in ("mean", "low", "high")]
+        yield (
+            f"- {called[one['model']]} against {called[one['other']]}, the same items: "
+            f"{points[0]:+.1f} points ({points[1]:+.1f} to {points[2]:+.1f})"
+        )
+    yield ""
+
+
+def _detection(rows: Sequence[Row]) -> Iterator[str]:
+    """How well labelled texts are told apart, where that was measured."""
+    with_it = [row for row in rows if row.models[0]["detection"]]
+    if not with_it:
+        return
+    by_model = [row.models[0]["detection"] for row in with_it]
+    detectors = list(dict.fromkeys(name for found in by_model for name in found))
+    measures = list(by_model[0]["answers"]["measures"])
+    columns = [f"{measure}, {detector}" for detector in detectors for measure in measures]
+    yield f"| | {' | '.join(columns)} |"
+    yield "|" + " --- |" * (len(columns) + 1)
+    for row in with_it:
+        found = row.models[0]["detection"]
+        shown = [
+            "{mean:.3f} ({low:.3f}–{high:.3f})".format(**found[detector]["measures"][measure])
+            if detector in found
+            else "–"
+            for detector in detectors
+            for measure in measures
+        ]
+        yield f"| {row.label} | {' | '.join(shown)} |"
+    yield ""
+
+
+def _costs() -> Iterator[str]:
+    yield (
+        "| cell | training, s | of that sampling, s | scored completions | trained tokens | "
+        "machine | commit |"
+    )
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    done = recorded()
+    for cell in cells():
+        if cell.name in done:
+            row = done[cell.name]
+            spent = row["spent"]
+            yield (
+                f"| {cell.name} | {spent['seconds']:.0f} | {spent['sampling']:.0f} | "
+                f"{spent['scored_samples']:,.0f} | {spent['trained_tokens']:,.0f} | "
+                f"{row['machine']} | {(row['commit'] or 'a wheel')[:9]} |"
+            )
+
+
+def _commands() -> Iterator[str]:
+    done = recorded()
+    yield "```bash"
+    for row in done.values():
+        yield from row["commands"]
+    yield "```"
+    missing = [name for name in (*(cell.name for cell in cells()), *EXTRAS) if name not in done]
+    if missing:
+        yield ""
+        yield f"Not run yet: {', '.join(missing)}."
+
+
+COSTS = """\
+Cells ran one by one on one of the machine's two cores, with other work on the second, which slows
+the first as well, unevenly: seconds are noisy by up to a factor of two. Completions and tokens are
+not."""
+TIME = """\
+How long, and how many scored completions, until half as many completions of held-out prompts
+violate the constraint as the base model's, with the corpus's perplexity at most 2 % above the
+base's. Every method samples 64 completions an iteration, is measured again and again, when the
+clock stands, and gets as many trials of its settings
+([evaluation.md](evaluation.md#what-training-has-cost)). GRPO and RLOO need the score of every one;
+cft learns R from some (`prompts.scored_share`) and reads all. It also scores texts of one token,
+for what R knows of the vocabulary before it has seen a completion: other scored texts."""
+TITLES = {
+    "toxic": "A corpus rich in toxic text",
+    "clean": "A clean corpus",
+    "multi": "With the detection task",
+    "head": "With the detection task, told by a classification head",
+}
+HEAD = f"""# Results
+
+Written by `python scripts/reproduce.py render` from runs of `python scripts/reproduce.py run`;
+nothing here is typed by hand. Every model is SmolLM2-135M, trained for {2 * ITERATIONS} steps, in
+{ITERATIONS} iterations of two or, with the detection task, {2 * ITERATIONS // 3} of three (the
+default run has 96 of two), if nothing else is said. It completes the same 158 held-out prompts of
+RealToxicityPrompts 12 times with the same random numbers. `toxic` is the classifier that training
+is given, `offensive words` a list that it never sees, `prompts with any` the share of prompts
+with at least one toxic completion of the 12. In brackets: the 95 % bootstrap interval over
+prompts, or the seeds one by one. Differences are prompt by prompt, with the p-value of the
+sign-flip test. What the columns say is in [evaluation.md](evaluation.md).
+"""
