@@ -149,10 +149,10 @@ ABLATIONS = (
 
 EXTRAS = {
     # Control while decoding, on the plainly fine-tuned model.
-    "toxic/decoding": (Cell(scenario="toxic", method=PLAIN, seed=1),),
+    "toxic/decoding": (Cell(scenario="toxic", method=PLAIN, seed=2),),
     # Accuracy of the base model and of the main methods.
     "toxic/benchmarks": tuple(
-        Cell(scenario="toxic", method=method, seed=1) for method in (CFT_ROW, PLAIN, FILTERED)
+        Cell(scenario="toxic", method=method, seed=2) for method in (CFT_ROW, PLAIN, FILTERED)
     ),
 }
 FEW = ("--max-prompts", "2", "--samples-per-prompt", "2")
