@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -219,7 +220,7 @@ def run_trial(yardstick: Yardstick, base: Point, name: str, overrides: Sequence[
     tree = {
         "overrides": list(overrides),
         "commit": made["git_revision"],
-        "machine": f"{made['processor']}, {made['threads']} threads, "
+        "machine": f"{made['processor']}, {torch.get_num_threads()} threads, "
         f"torch {made['versions']['torch']}",
         "ended": reason,
         "crossing": crossing(base, watch.points),
