@@ -21,6 +21,7 @@ from constrained_ft.sharding import own_part
 _BUFFERS = 2  # float32 tensors of [chunk rows, vocabulary] in one loss, beside those of R
 _SAMPLING_BUFFERS = 4  # the same of [rows, vocabulary] when a token is drawn
 _TREES, _TREE_TOKENS = 8, 32  # of the pass whose activations are counted
+_PREPARED = 2**27  # products of other shapes that a CPU's library keeps ready: 0 to 0.3 GiB here
 _USABLE = 0.8  # of the spare memory: estimates err
 _MAXRSS_BYTES = 1 if sys.platform == "darwin" else 2**10  # the unit of ru_maxrss
 
@@ -86,12 +87,11 @@ def estimate_memory(
     # out of the cache, which copies what stays.
     again = evaluation + _cache_bytes(llm, config) if evaluation else 0
     whole = _whole_bytes(llm)
-    others = held + max(
-        again, whole + _sampling_bytes(llm, config), whole + _export_bytes(llm, config)
-    )
+    others = held + max(again, whole + _sampling_bytes(llm, config), whole + _export_bytes(llm))
     # What samples is a copy of what is trained; measuring the fine-tuned model needs two.
     others += 4 * _num_trained(llm)
-    peak = _training_bytes(llm, config) + max(update, others)
+    prepared = _PREPARED if llm.device.type == "cpu" else 0
+    peak = _training_bytes(llm, config) + prepared + max(update, others)
     return max(peak, peak_memory(llm.device) or 0)
 
 
@@ -204,11 +204,15 @@ def _cache_bytes(llm: LLM, config: Config) -> int:
     return cache
 
 
-def _export_bytes(llm: LLM, config: Config) -> int:
-    """The float32 copy of the base that adapters are merged into."""
-    if config.llm.lora is None:
+def _export_bytes(llm: LLM) -> int:
+    """The exported model, read back in float32, and its file, which a system may count as well.
+
+    As much as the copy of the base that adapters are merged into, and what is made of it. All of it
+    is in the memory of the CPU.
+    """
+    if llm.device.type != "cpu":
         return 0
-    return 4 * sum(parameter.numel() for parameter in llm.module.parameters())
+    return 2 * 4 * sum(parameter.numel() for parameter in llm.module.parameters())
 
 
 def _state_bytes(llm: LLM) -> int:
