@@ -743,7 +743,7 @@ class Config(Section):
             if reads and self.prompts.scored_share < 1:
                 raise ValueError(
                     f"prompts.scored_share={self.prompts.scored_share} leaves completions without "
-                    f"a label, which {key} reads of each; leave it at 1"
+                    f"a label, and {key} learns from the label of each; leave it at 1"
                 )
         return self
 

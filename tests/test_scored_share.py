@@ -129,9 +129,9 @@ def test_what_was_not_scored_travels_and_is_not_replayed() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["trainer=rejection"], "trainer.divergence=accepted reads of each"),
-        (["trainer.prefixes=accepted"], "trainer.prefixes=accepted reads of each"),
-        (["trainer=grpo"], "trainer.trl reads of each"),
+        (["trainer=rejection"], "trainer.divergence=accepted learns from the label of each"),
+        (["trainer.prefixes=accepted"], "trainer.prefixes=accepted learns from the label of each"),
+        (["trainer=grpo"], "trainer.trl learns from the label of each"),
     ],
 )
 def test_what_needs_every_label_is_refused(overrides: list[str], words: str) -> None:
