@@ -199,8 +199,9 @@ def test_a_thousand_shapes_have_the_losses_and_gradients_of_the_equations() -> N
         assert off(ours.loss, theirs.loss) < 5e-6, seed
         for mine, exact in zip(our_gradients, their_gradients, strict=True):
             assert apart(mine, exact) < 1e-4, seed
-        # Nothing depends on where the rows are cut, but the rounding of products.
-        for dtype, tolerance in ((torch.float32, 5e-6), (torch.float64, 1e-12)):
+        # Nothing depends on where the rows are cut, but the rounding of products, whose kernels a
+        # CPU's library chooses by the number of rows: float64 shows that it is nothing else.
+        for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-12)):
             same = case.to(dtype)
             cut, cut_gradients = fused(same, chunk_rows=chunk_rows)
             whole, whole_gradients = fused(same, chunk_rows=1000)
