@@ -33,7 +33,7 @@ from constrained_ft.encoding import Row
 from constrained_ft.errors import DivergedError
 from constrained_ft.fused import Labels, fused_losses
 from constrained_ft.llm import LLM
-from constrained_ft.memory import release_freed
+from constrained_ft.machine import release_freed
 from constrained_ft.packing import Packed, Tree
 from constrained_ft.parts import KL_TOLERANCE, Parts
 from constrained_ft.randomness import generator_for, seed_everything, seed_for

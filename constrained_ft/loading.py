@@ -27,6 +27,7 @@ from constrained_ft.config import LLMConfig, LoraConfig
 from constrained_ft.distributed import default_device, wants_bf16
 from constrained_ft.errors import CheckpointError, ModelError
 from constrained_ft.llm import CLASS_HEAD, LLM, FrozenLLM
+from constrained_ft.machine import release_freed
 from constrained_ft.randomness import seed_everything
 from constrained_ft.resources import explain_model_failure, resolve_model
 from constrained_ft.tiny import CONTEXT_LENGTH, byte_tokenizer, tiny_model
@@ -202,6 +203,7 @@ def rehearse_export(llm: LLM, aside: Path, ids: Sequence[int]) -> None:
     """
     try:
         export(llm, aside / "llm", aside / "adapter")
+        release_freed()  # what the copy of the base took
         again = AutoModelForCausalLM.from_pretrained(aside / "llm", dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"the model cannot be exported to {aside}: {error}") from error

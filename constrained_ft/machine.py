@@ -1,7 +1,9 @@
 """What computes here."""
 
+import ctypes
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -21,3 +23,13 @@ def processor() -> str:
         named = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
         name = named[0] if named else name
     return f"{name}, {os.cpu_count()} cores"
+
+
+def release_freed() -> None:
+    """Give memory that nothing uses back to the system, where the C library can be asked to.
+
+    What is freed is kept for the next tensors otherwise (`cli/settings.py`), in pieces that fit
+    ever fewer of them: a process of 1.3 GiB grew to 6 in thirty iterations.
+    """
+    with suppress(OSError, AttributeError):  # another system, another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

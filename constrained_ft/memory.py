@@ -1,6 +1,5 @@
 """How much memory a run will need, before it starts, and how much it took."""
 
-import ctypes
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from constrained_ft.config import Config
 from constrained_ft.distributed import World
 from constrained_ft.fused import Labels, Tilt, chunk_rows_for, fused_losses
 from constrained_ft.llm import LLM
+from constrained_ft.machine import release_freed
 from constrained_ft.packing import Tree
 from constrained_ft.prompts import Prompts
 from constrained_ft.randomness import seed_everything
@@ -237,16 +237,6 @@ def memory_line(peak: int | None, estimate: int | None) -> str:
         f"memory: {peak / 2**30:.1f} GiB at the peak, {estimate / 2**30:.1f} GiB estimated "
         f"({estimate / peak - 1:+.0%})"
     )
-
-
-def release_freed() -> None:
-    """Give memory that nothing uses back to the system, where the C library can be asked to.
-
-    What is freed is kept for the next tensors otherwise (`cli/settings.py`), in pieces that fit
-    ever fewer of them: a process of 1.3 GiB grew to 6 in thirty iterations.
-    """
-    with suppress(OSError, AttributeError):  # another system, another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def held_memory(device: torch.device) -> int | None:

@@ -11,7 +11,8 @@ from constrained_ft.distributed import StopRequest, World
 from constrained_ft.errors import DivergedError
 from constrained_ft.finetune import rows_after_first_step, update_llm
 from constrained_ft.loading import export, load_base
-from constrained_ft.memory import memory_line, peak_memory, release_freed
+from constrained_ft.machine import release_freed
+from constrained_ft.memory import memory_line, peak_memory
 from constrained_ft.model_card import write_cards
 from constrained_ft.paired import differences
 from constrained_ft.parts import Parts, build_parts, shard_llm

@@ -29,7 +29,7 @@ from constrained_ft.errors import ConfigError, DivergedError, MissingScoresError
 from constrained_ft.finetune import backward_of_corpus, corpus_rows
 from constrained_ft.llm import LLM
 from constrained_ft.loading import load_base
-from constrained_ft.memory import release_freed
+from constrained_ft.machine import release_freed
 from constrained_ft.order import permutation
 from constrained_ft.parts import Parts
 from constrained_ft.randomness import seed_everything, seed_for
