@@ -453,7 +453,7 @@ def summary(config: "Config") -> dict[str, str]:
     """What a configuration comes to, a line for each part."""
     llm, prompts, trainer = config.llm, config.prompts, config.trainer
     steps = trainer.iterations * trainer.steps_per_iteration
-    scored = prompts.scored_completions
+    scored = prompts.scored(prompts.completions)
     weights = "all weights" if llm.lora is None else f"LoRA, rank {llm.lora.r}"
     rows = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
     sources = [config.data.path, config.data.name, *config.data.sources]

@@ -365,10 +365,9 @@ class PromptsConfig(Section):
         """Completions sampled in an iteration."""
         return self.prompts_per_iteration * self.samples_per_prompt
 
-    @property
-    def scored_completions(self) -> int:
-        """Those of them that are scored."""
-        return max(1, round(self.scored_share * self.completions))
+    def scored(self, completions: int) -> int:
+        """How many of so many completions are scored."""
+        return max(1, round(self.scored_share * completions))
 
     @model_validator(mode="after")
     def _one_shape(self) -> "PromptsConfig":

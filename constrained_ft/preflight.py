@@ -202,7 +202,7 @@ def _terms_words(base: Evaluation) -> str:
 def _scoring_words(config: Config, base: Evaluation) -> str:
     """What the scorer's speed means for the run."""
     each = base.seconds_per_score
-    rollouts = config.prompts.scored_completions
+    rollouts = config.prompts.scored(config.prompts.completions)
     whole = each * rollouts * config.trainer.iterations
     return (
         f"{1000 * each:.2g} ms a completion: {each * rollouts:.1f} s an iteration, "

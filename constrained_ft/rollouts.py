@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from constrained_ft.config import ConstraintConfig, PromptsConfig, SamplerConfig
+from constrained_ft.config import ConstraintConfig, SamplerConfig
 from constrained_ft.decoding import (
     Decoded,
     Guide,
@@ -283,36 +283,6 @@ def _by_server(
     found = read_completions(llm, stems, [one.ids for one in said])
     version.compare(llm, said, found)
     return _rollouts(llm, prompts, found, asked, version.name)
-
-
-def to_be_scored(
-    rollouts: Rollouts, prompts: Sequence[Prompt], config: PromptsConfig, seed: int
-) -> Bool[Tensor, " N"]:
-    """Which completions are scored, `prompts.scored_share`: the same whichever batch asks.
-
-    The first ones of each prompt, since they are exchangeable, one more of some prompts by chance.
-    What R guided is scored too: only R learns from that.
-
-    Args:
-        rollouts: all completions of some prompts; the rows of a prompt are neighbours.
-        prompts: all prompts of the iteration.
-        config: the `prompts` section.
-        seed: of the chance, with the iteration.
-    """
-    own_N = rollouts.guided_N == 0
-    if config.scored_share == 1:
-        return torch.ones_like(own_N)
-    total = max(1, round(config.scored_share * config.samples_per_prompt * len(prompts)))
-    each, more = divmod(total, len(prompts))
-    generator = generator_for(seed, "scored", rollouts.iteration)
-    order = torch.randperm(len(prompts), generator=generator).tolist()
-    most = {prompts[i].id: each + (place < more) for place, i in enumerate(order)}
-    most_S = torch.tensor([most[prompt.id] for prompt in rollouts.prompts], device=own_N.device)
-    counts_S = torch.bincount(rollouts.prompt_N, minlength=len(rollouts.prompts))
-    first_S = counts_S.cumsum(0) - counts_S
-    before_N = own_N.cumsum(0) - own_N.long()
-    place_N = before_N - before_N[first_S[rollouts.prompt_N]]  # among those of its prompt
-    return ~own_N | (place_N < most_S[rollouts.prompt_N])
 
 
 def label(

@@ -11,9 +11,15 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
 
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from constrained_ft.config import PromptsConfig
 from constrained_ft.distributed import StopRequest, World, pack, unpack
 from constrained_ft.errors import MissingScoresError
 from constrained_ft.prompts import Prompt
+from constrained_ft.randomness import generator_for
 from constrained_ft.rollouts import Rollouts
 from constrained_ft.scorers import Score, ScoreFailure, Scorer, cancel, valid
 
@@ -157,6 +163,36 @@ class Scoring:
         while not wait([future], _POLL_SECONDS).done:
             self._stop.check()
         return future.result()
+
+
+def to_be_scored(
+    rollouts: Rollouts, prompts: Sequence[Prompt], config: PromptsConfig, seed: int
+) -> Bool[Tensor, " N"]:
+    """Which completions are scored, `prompts.scored_share`: the same whichever batch asks.
+
+    The first ones of each prompt, since they are exchangeable, one more of some prompts by chance.
+    What R guided is scored too: only R learns from that.
+
+    Args:
+        rollouts: all completions of some prompts; the rows of a prompt are neighbours.
+        prompts: all prompts of the iteration.
+        config: the `prompts` section.
+        seed: of the chance, with the iteration.
+    """
+    own_N = rollouts.guided_N == 0
+    if config.scored_share == 1:
+        return torch.ones_like(own_N)
+    total = config.scored(config.samples_per_prompt * len(prompts))
+    each, more = divmod(total, len(prompts))
+    generator = generator_for(seed, "scored", rollouts.iteration)
+    order = torch.randperm(len(prompts), generator=generator).tolist()
+    most = {prompts[i].id: each + (place < more) for place, i in enumerate(order)}
+    most_S = torch.tensor([most[prompt.id] for prompt in rollouts.prompts], device=own_N.device)
+    counts_S = torch.bincount(rollouts.prompt_N, minlength=len(rollouts.prompts))
+    first_S = counts_S.cumsum(0) - counts_S
+    before_N = own_N.cumsum(0) - own_N.long()
+    place_N = before_N - before_N[first_S[rollouts.prompt_N]]  # among those of its prompt
+    return ~own_N | (place_N < most_S[rollouts.prompt_N])
 
 
 def _require_few_missing(scorer: Scorer, scored: Scored, most_missing: float) -> None:

@@ -36,11 +36,10 @@ from constrained_ft.rollouts import (
     by_term,
     completion_hidden_states,
     sample,
-    to_be_scored,
     with_labels_of,
     with_scores,
 )
-from constrained_ft.scoring import Scored, Scoring
+from constrained_ft.scoring import Scored, Scoring, to_be_scored
 from constrained_ft.term_heads import measure_terms
 
 _FORWARD_ROWS = 32  # rollouts in one forward pass

@@ -88,7 +88,6 @@ def train(
         row = _update(parts, target, config, folder, iteration)
         updated = time.monotonic()
 
-        release_freed()  # what an update leaves is as much as a checkpoint takes
         target = pending.wait()  # nothing is in flight past this line, so it is safe to save
         if target.iteration == iteration:  # the last overlapped iteration learns none
             row |= target.metrics
@@ -124,6 +123,7 @@ def _keep(
 ) -> dict[str, float]:
     """Write down what an iteration came to; the whole row is the first rank's."""
     iteration = int(row["iteration"])
+    release_freed()  # what an update leaves is as much as a checkpoint takes
     with parts.llm.gathered(), parts.phases.during("samples"):
         if parts.everyone.leads:
             row |= record_iteration(parts, config, folder, target, iteration)

@@ -16,7 +16,8 @@ from constrained_ft.distributed import unpack
 from constrained_ft.errors import ConfigError
 from constrained_ft.parts import Parts
 from constrained_ft.placement import _packed, _target_from
-from constrained_ft.rollouts import Rollouts, to_be_scored
+from constrained_ft.rollouts import Rollouts
+from constrained_ft.scoring import to_be_scored
 from constrained_ft.target import build_target, learn_target
 
 SHARE = "prompts.scored_share=0.3"  # 12 of 40
