@@ -56,7 +56,8 @@ def divergence_loss(  # noqa: PLR0913
         A scalar whose value is the weighted sum of divergences, in nats.
     """
     weights_M = share_M if kind == "reverse_kl" else 0.5 * (tilt.weights_M + share_M)
-    size = chunk_rows_for(len(head.weight_VD), hidden_MD.device)
+    # The dense form holds more than twice as many logits of a row.
+    size = chunk_rows_for(len(head.weight_VD), hidden_MD.device) // 2
     parts = [
         checkpoint(_chunk, kind, hidden_MD[rows], head, tilt, said_M, rows, use_reentrant=False)
         for rows in torch.arange(len(hidden_MD), device=hidden_MD.device).split(size)

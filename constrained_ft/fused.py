@@ -8,14 +8,15 @@ J R's that are multiplied.
     R  =  prod_j sigmoid(offset_j + factors_j . tokens_j + prior_j)
 
 `equations.target_logprobs` and `equations.kl_to_target` are the definition; here the same numbers
-are computed with four products with the vocabulary (LLM, reference, R, gradient) and three buffers
-of a few hundred rows; each further R takes one more of both. The gradient to a row's logits,
+are computed with four products with the vocabulary (LLM, reference, R, gradient), the first two in
+one where the head is the same, and a buffer of a few hundred rows for each but the last; a further
+R takes one more of both. The gradient to a row's logits,
 
     (kl_weight + ce_weight) p_theta - kl_weight q - ce_weight 1[next],
 
 is known as soon as the row is, so the forward pass ends with the gradients to the hidden states
 and the head, and the backward pass multiplies them by a number. The products run on chunks of rows;
-what lies between them runs on blocks of a chunk that stay in a CPU's cache.
+what lies between them runs on tiles of a chunk that stay in a CPU's cache, and so does R.
 
 The fit of R needs the expectation of R under the reference: the same products with another end.
 """
@@ -31,9 +32,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_CHUNK_BYTES = 2**27  # of three float32 buffers [rows, V]
+_CHUNK_BYTES = 3 * 2**26  # of two float32 buffers [rows, V]
 _FEWEST_ROWS = {"cpu": 128, "cuda": 512}  # of a chunk; products with fewer are slow
-_BLOCK_BYTES = 3 * 2**20  # of one buffer between the products, on CPUs
+_EVIDENCE_ROWS = {"cpu": 64}  # of R's products, which are small; elsewhere all of a chunk
+_TILE_BYTES = 3 * 2**20  # of one buffer between the products, on CPUs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,30 +169,34 @@ def expected_satisfaction(
     hidden_MD, size = guidance.hidden_MD, len(guidance.head.weight_VD)
     rows = _chunk_rows(hidden_MD, guidance.head, chunk_rows)
     logits = hidden_MD.new_empty(rows, size, dtype=_wide(hidden_MD))
-    evidence = logits.new_empty(len(guidance.prior_JV), rows, size)
+    evidence = _evidence_buffer(guidance, logits)
     found = hidden_MD.new_empty(2, len(hidden_MD), dtype=_wide(hidden_MD))
-    for start in range(0, len(hidden_MD), rows):
-        chunk = slice(start, start + rows)
+    for chunk in _slices(slice(0, len(hidden_MD)), rows):
         t_CV = _product(hidden_MD[chunk], guidance.head, logits)
-        u_JCV = _evidence(guidance, chunk, evidence)
-        for block in _blocks(t_CV):
-            part = slice(start + block.start, start + block.stop)
-            found[:, part] = _expectations(t_CV[block], u_JCV[:, block], guidance, part)
+        for tile, us in _tiles(t_CV, guidance, chunk, evidence):
+            part = _moved(tile, chunk.start)
+            found[:, part] = _expectations(t_CV[tile], us, guidance, part)
     return found[0], found[1]
 
 
 def _expectations(t: Tensor, us: Tensor, guidance: Guidance, rows: slice) -> Tensor:
     """log Rbar and log(1 - Rbar) from logits of the reference and evidence of R; uses both up."""
-    before_B = _logsumexp(t)
-    if len(us) == 1:
-        u = _cut(us[0], guidance, rows, 0)
-        satisfied_B = _logsumexp(t + F.logsigmoid(u))
-        t -= F.softplus(u)  # -log(1 - R)
-    else:
-        u = _minus_log_satisfaction(us, guidance, rows)
-        satisfied_B = _logsumexp(t - u)
-        t += u.neg_().expm1_().neg_().log_()  # log(1 - R)
-    return (torch.stack([satisfied_B, _logsumexp(t)]) - before_B).clamp_(max=0.0)
+    t -= t.amax(-1, keepdim=True)
+    p = t.exp_()  # but for a factor
+    r, rest = us[0], None
+    for j, u in enumerate(us):
+        _cut(u, guidance, rows, j)
+        # 1 - R would lose the digits that matter where R is near 1.
+        complement = torch.sigmoid(-u)
+        u.sigmoid_()
+        rest = complement if rest is None else rest.add_(complement.mul_(r))
+        if j > 0:
+            r *= u
+    assert rest is not None
+    sums_2B = torch.stack([r.mul_(p).sum(-1), rest.mul_(p).sum(-1)])
+    # Many R that all say no can have a product that float32 cannot say.
+    sums_2B.clamp_(min=torch.finfo(p.dtype).tiny)
+    return (sums_2B.log_() - p.sum(-1).log_()).clamp_(max=0.0)
 
 
 def _chunk_rows(hidden_MD: Tensor, head: Head, most: int | None) -> int:
@@ -204,7 +210,13 @@ def _chunk_rows(hidden_MD: Tensor, head: Head, most: int | None) -> int:
 
 def chunk_rows_for(vocabulary: int, device: torch.device) -> int:
     """Rows whose logits exist at once, from a budget in bytes with a floor."""
-    return max(_CHUNK_BYTES // (12 * vocabulary), _FEWEST_ROWS.get(device.type, 512))
+    return max(_CHUNK_BYTES // (8 * vocabulary), _FEWEST_ROWS.get(device.type, 512))
+
+
+def buffered_rows(vocabulary: int, num_auxiliaries: int, device: torch.device) -> int:
+    """Rows of logits that one loss holds, at most: of the LLM, of the reference and of each R."""
+    rows = chunk_rows_for(vocabulary, device)
+    return 2 * rows + num_auxiliaries * _evidence_rows(rows, device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,8 +236,8 @@ class _FusedLosses(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         wanted = ctx.needs_input_grad
         work = _Work(hidden_MD, call, wants_gradient=any(wanted[:3]), trains_head=wanted[1])
-        for start in range(0, len(hidden_MD), call.chunk_rows):
-            work.chunk(slice(start, start + call.chunk_rows))
+        for chunk in _slices(slice(0, len(hidden_MD)), call.chunk_rows):
+            work.chunk(chunk)
         ctx.dtype = hidden_MD.dtype
         ctx.save_for_backward(work.gradient_MD, work.gradient_VD, work.gradient_V)
         found = (work.kl_M, work.ce_M, work.log_satisfaction_M)
@@ -258,19 +270,17 @@ class _Work:
         self.hidden_MD, self.call = hidden_MD, call
         self.wants_gradient = wants_gradient
 
-        def buffer() -> Tensor:
-            return hidden_MD.new_empty(rows, size, dtype=_wide(hidden_MD))
-
         def result() -> Tensor:
             return hidden_MD.new_empty(len(hidden_MD), dtype=_wide(hidden_MD))
 
-        self.logits = buffer()
+        # Logits of the LLM, then those of the reference.
+        both = rows if call.tilt is None else 2 * rows
+        self.logits = hidden_MD.new_empty(both, size, dtype=_wide(hidden_MD))
         self.ce_M = result() if call.labels else None
         self.kl_M = result() if call.tilt else None
         self.log_satisfaction_M = result() if call.tilt else None
-        self.target = buffer() if call.tilt else None
         self.evidence = (
-            self.logits.new_empty(len(call.tilt.prior_JV), rows, size) if call.tilt else None
+            None if call.tilt is None else _evidence_buffer(call.tilt, self.logits[:rows])
         )
         self.gradient_MD = hidden_MD.new_empty(hidden_MD.shape, dtype=_wide(hidden_MD))
         self.gradient_VD = torch.zeros_like(head.weight_VD) if trains_head else None
@@ -284,19 +294,10 @@ class _Work:
     def chunk(self, chunk: slice) -> None:
         """Losses and gradients of some rows."""
         call, hidden_CD = self.call, self.hidden_MD[chunk]
-        logits_CV = _product(hidden_CD, call.head, self.logits)
-        target_CV, evidence_JCV = logits_CV, logits_CV[None]
-        if call.tilt is not None:
-            assert self.target is not None
-            assert self.evidence is not None
-            if call.same:
-                target_CV = self.target[: len(hidden_CD)].copy_(logits_CV)
-            else:
-                target_CV = _product(call.tilt.hidden_MD[chunk], call.tilt.head, self.target)
-            evidence_JCV = _evidence(call.tilt, chunk, self.evidence)
-        for block in _blocks(logits_CV):
-            rows = slice(chunk.start + block.start, chunk.start + block.stop)
-            self._block(rows, logits_CV[block], target_CV[block], evidence_JCV[:, block])
+        logits_CV, target_CV = self._logits(chunk)
+        for tile, evidence_JBV in _tiles(logits_CV, call.tilt, chunk, self.evidence):
+            rows = _moved(tile, chunk.start)
+            self._block(rows, logits_CV[tile], target_CV[tile], evidence_JBV)
         if self.wants_gradient:
             with call.head.fast_products():
                 torch.mm(logits_CV, call.head.weight_VD, out=self.gradient_MD[chunk])
@@ -305,36 +306,56 @@ class _Work:
         if self.gradient_V is not None:
             self.gradient_V += logits_CV.sum(0)
 
-    def _block(self, rows: slice, z: Tensor, t: Tensor, us: Tensor) -> None:
+    def _logits(self, chunk: slice) -> tuple[Tensor, Tensor]:
+        """Of the LLM and of the reference, of both in one product where they share a head."""
+        head, tilt, hidden_CD = self.call.head, self.call.tilt, self.hidden_MD[chunk]
+        if tilt is None:
+            return (_product(hidden_CD, head, self.logits),) * 2
+        own_CV, other_CV = self.logits[: 2 * len(hidden_CD)].chunk(2)
+        if self.call.same:
+            other_CV.copy_(_product(hidden_CD, head, own_CV))
+        elif head.weight_VD is tilt.head.weight_VD and head.bias_V is tilt.head.bias_V:
+            _product(torch.cat([hidden_CD, tilt.hidden_MD[chunk]]), head, self.logits)
+        else:
+            _product(hidden_CD, head, own_CV)
+            _product(tilt.hidden_MD[chunk], tilt.head, other_CV)
+        return own_CV, other_CV
+
+    def _block(self, rows: slice, z: Tensor, t: Tensor, us: Tensor | None) -> None:
         """Turn logits `z` of the LLM into the gradient, in place; `t`, `us`: reference and R."""
-        u = us[0]
         tilt, labels = self.call.tilt, self.call.labels
-        torch.log_softmax(z, -1, out=z)
-        weight_B1 = z.new_zeros(len(z), 1)
+        z -= z.amax(-1, keepdim=True)
         if labels is not None:
-            assert self.ce_M is not None
-            self.ce_M[rows] = -z.gather(1, labels.next_M[rows, None])[:, 0]
-            weight_B1 = weight_B1 + labels.weights_M[rows, None]
+            next_B1 = labels.next_M[rows, None]
+            next_logit_B1 = z.gather(1, next_B1)
         if tilt is not None:
             assert self.kl_M is not None
             assert self.log_satisfaction_M is not None
-            self.log_satisfaction_M[rows] = _tilt(t, us, tilt, rows)
-            torch.exp(t, out=u)  # q
+            q, q_sum_B1, self.log_satisfaction_M[rows] = _tilt(t, us, tilt, rows)
             t -= z
-            t *= u
+            t *= q
             if self.excludes:
-                t.masked_fill_(u == 0, 0.0)
+                t.masked_fill_(q == 0, 0.0)
+            gap_B1 = t.sum(-1, keepdim=True) / q_sum_B1
+        p = z.exp_()
+        p_sum_B1 = p.sum(-1, keepdim=True)
+        weight_B1 = z.new_zeros(len(z), 1)
+        if tilt is not None:
             # Rounding can leave a sum of -1e-7.
-            self.kl_M[rows] = t.sum(-1).clamp_(min=0.0)
+            kl_B1 = (gap_B1 + (p_sum_B1.log() - q_sum_B1.log())).clamp_(min=0.0)
+            self.kl_M[rows] = kl_B1[:, 0]
             weight_B1 = weight_B1 + tilt.weights_M[rows, None]
+        if labels is not None:
+            assert self.ce_M is not None
+            self.ce_M[rows] = (p_sum_B1.log() - next_logit_B1)[:, 0]
+            weight_B1 = weight_B1 + labels.weights_M[rows, None]
         if not self.wants_gradient:
             return
-        z.exp_().mul_(weight_B1)
+        p *= weight_B1 / p_sum_B1
         if tilt is not None:
-            z.sub_(u.mul_(tilt.weights_M[rows, None]))
+            p.addcmul_(q, tilt.weights_M[rows, None] / q_sum_B1, value=-1)
         if labels is not None:
-            minus_B1 = -labels.weights_M[rows, None].to(z.dtype)
-            z.scatter_add_(1, labels.next_M[rows, None], minus_B1)
+            p.scatter_add_(1, next_B1, -labels.weights_M[rows, None].to(p.dtype))
 
     def loss(self) -> Tensor:
         """The weighted sum of all rows."""
@@ -347,32 +368,33 @@ class _Work:
         return total
 
 
-def _tilt(t: Tensor, us: Tensor, tilt: Tilt, rows: slice) -> Tensor:
-    """Turn logits `t` of the reference into log q, in place; returns log Rbar. Uses `us` up."""
-    u = _minus_log_satisfaction(us, tilt, rows)
-    if tilt.floor_M is not None:
-        floor_B1 = tilt.floor_M[rows, None]
-        torch.logaddexp(floor_B1.log(), torch.log1p(-floor_B1) - u, out=u)
-        u.neg_()
+def _tilt(t: Tensor, us: Tensor, tilt: Tilt, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """q but for a factor, its sum, and log Rbar, from logits of the reference and evidence of R.
+
+    `t` becomes the logarithm of that q, and q takes the place of the first R.
+    """
     before_B = _logsumexp(t)
-    t -= u
-    after_B = _logsumexp(t)
-    t -= after_B[:, None]
-    return (after_B - before_B).clamp_(max=0.0)
-
-
-def _minus_log_satisfaction(us: Tensor, guidance: Guidance, rows: slice) -> Tensor:
-    """-log R from the evidence of each R, in the place of the first."""
     for j, u in enumerate(us):
-        _cut(u, guidance, rows, j).neg_()
-        F.softplus(u, out=u)  # type: ignore[call-arg]
+        # Rounds by 1e-7, as the product of probabilities would; softplus takes twice as long.
+        _cut(u, tilt, rows, j).sigmoid_().log_()
         if j > 0:
             us[0] += u
-    return us[0]
+    log_r = us[0]
+    if tilt.floor_M is not None:
+        floor_B1 = tilt.floor_M[rows, None]
+        torch.logaddexp(floor_B1.log(), torch.log1p(-floor_B1) + log_r, out=log_r)
+    t += log_r
+    top_B1 = t.amax(-1, keepdim=True)
+    t -= top_B1
+    q = torch.exp(t, out=log_r)
+    q_sum_B1 = q.sum(-1, keepdim=True)
+    after_B = (top_B1 + q_sum_B1.log())[:, 0]
+    return q, q_sum_B1, (after_B - before_B).clamp_(max=0.0)
 
 
 def _cut(u: Tensor, guidance: Guidance, rows: slice, j: int) -> Tensor:
     """The logit of one R from its evidence, in place."""
+    u += guidance.prior_JV[j]
     u += guidance.offset_MJ[rows, j, None]
     return u.clamp_(-guidance.limit, guidance.limit)
 
@@ -393,24 +415,54 @@ def _product(hidden_CD: Tensor, head: Head, buffer: Tensor) -> Tensor:
     return logits_CV
 
 
-def _evidence(guidance: Guidance, chunk: slice, buffer: Tensor) -> Tensor:
-    """What each R says of every next token but for the offset of the row."""
-    factors_CJR = guidance.factors_MJR[chunk]
-    evidence_JCV = buffer[:, : len(factors_CJR)]
-    for j, evidence_CV in enumerate(evidence_JCV):
-        factors_CR, tokens_VR = factors_CJR[:, j], guidance.tokens_JVR[j]
-        torch.addmm(guidance.prior_JV[j], factors_CR, tokens_VR.T, out=evidence_CV)
-    return evidence_JCV
+def _evidence_buffer(guidance: Guidance, logits_CV: Tensor) -> Tensor:
+    """For `_tiles` of chunks as large as this."""
+    rows = _evidence_rows(len(logits_CV), logits_CV.device)
+    return logits_CV.new_empty(len(guidance.prior_JV), rows, logits_CV.shape[1])
+
+
+def _evidence_rows(chunk_rows: int, device: torch.device) -> int:
+    return min(chunk_rows, _EVIDENCE_ROWS.get(device.type, chunk_rows))
+
+
+def _tiles(
+    logits_CV: Tensor, guidance: Guidance | None, chunk: slice, buffer: Tensor | None
+) -> Iterator[tuple[slice, Tensor | None]]:
+    """Rows of a chunk, and what each R says of all next tokens there but for the row's offset.
+
+    On CPUs few enough to stay in the cache: nothing is shared between rows.
+    """
+    most = len(logits_CV)
+    if logits_CV.device.type == "cpu":
+        most = max(1, _TILE_BYTES // (logits_CV.shape[1] * logits_CV.element_size()))
+    whole = slice(0, len(logits_CV))
+    if guidance is None:
+        yield from ((tile, None) for tile in _slices(whole, most))
+        return
+    assert buffer is not None
+    for part in _slices(whole, buffer.shape[1]):
+        evidence_JPV = _evidence(guidance, _moved(part, chunk.start), buffer)
+        for tile in _slices(part, most):
+            yield tile, evidence_JPV[:, _moved(tile, -part.start)]
+
+
+def _evidence(guidance: Guidance, rows: slice, buffer: Tensor) -> Tensor:
+    factors_PJR = guidance.factors_MJR[rows]
+    evidence_JPV = buffer[:, : len(factors_PJR)]
+    for j, evidence_PV in enumerate(evidence_JPV):
+        factors_PR, tokens_VR = factors_PJR[:, j], guidance.tokens_JVR[j]
+        torch.mm(factors_PR, tokens_VR.T, out=evidence_PV)
+    return evidence_JPV
 
 
 def _wide(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def _blocks(chunk_CV: Tensor) -> Iterator[slice]:
-    """Rows between which nothing is shared, few enough to stay in a CPU's cache."""
-    rows = len(chunk_CV)
-    if chunk_CV.device.type == "cpu":
-        rows = max(1, _BLOCK_BYTES // (chunk_CV.shape[1] * chunk_CV.element_size()))
-    for start in range(0, len(chunk_CV), rows):
-        yield slice(start, min(start + rows, len(chunk_CV)))
+def _slices(rows: slice, most: int) -> Iterator[slice]:
+    for start in range(rows.start, rows.stop, most):
+        yield slice(start, min(start + most, rows.stop))
+
+
+def _moved(rows: slice, by: int) -> slice:
+    return slice(rows.start + by, rows.stop + by)

@@ -10,7 +10,7 @@ import torch
 
 from constrained_ft.config import Config
 from constrained_ft.distributed import World
-from constrained_ft.fused import Labels, Tilt, chunk_rows_for, fused_losses
+from constrained_ft.fused import Labels, Tilt, buffered_rows, fused_losses
 from constrained_ft.llm import LLM
 from constrained_ft.machine import release_freed
 from constrained_ft.packing import Tree
@@ -18,8 +18,7 @@ from constrained_ft.prompts import Prompts
 from constrained_ft.randomness import seed_everything
 from constrained_ft.sharding import own_part
 
-_BUFFERS = 2  # float32 tensors of [chunk rows, vocabulary] in one loss, beside those of R
-_SAMPLING_BUFFERS = 4  # the same of [rows, vocabulary] when a token is drawn
+_SAMPLING_BUFFERS = 4  # float32 tensors of [rows, vocabulary] when a token is drawn
 _TREES, _TREE_TOKENS = 8, 32  # of the pass whose activations are counted
 _PREPARED = 2**27  # products of other shapes that a CPU's library keeps ready: 0 to 0.3 GiB here
 _USABLE = 0.8  # of the spare memory: estimates err
@@ -174,8 +173,7 @@ def _update_bytes(llm: LLM, prompts: Prompts, config: Config) -> int:
         # The inputs of every layer, and one layer's activations at a time.
         layers = text.num_hidden_layers
         token_bytes = token_bytes / layers + layers * text.hidden_size * _state_bytes(llm)
-    buffers = _BUFFERS + config.num_auxiliaries
-    logits = buffers * chunk_rows_for(size, llm.device) * size
+    logits = buffered_rows(size, config.num_auxiliaries, llm.device) * size
     head = llm.head.weight_VD.numel() * llm.head.weight_VD.requires_grad  # copied if trained
     return int(tokens * token_bytes) + 4 * (_num_trained(llm) + logits + head)
 

@@ -16,8 +16,9 @@ from constrained_ft.cost import Demand, Layout, Number, Shape, Sharding, Work
 # products give: in float32, or in bfloat16.
 _NORMS, _COPIES = (4, 6), (1.5, 1.95)
 _MOMENTS = 2  # float32 numbers for each trained one; its gradient comes to them in an update
-_LOSS_BUFFERS, _SAMPLING_BUFFERS = 3, 4  # float32 logits of a chunk and of a batch at once
-_CHUNK_BYTES, _FEWEST_ROWS = 2**27, (128, 512)  # of the logits of a chunk; on CPUs and on GPUs
+_SAMPLING_BUFFERS = 4  # float32 logits of a batch at once
+# Of the loss: float32 logits of a chunk, those of R on GPUs alone; its least rows on CPUs and GPUs.
+_CHUNK_BYTES, _LOSS_BUFFERS, _FEWEST_ROWS = 3 * 2**26, (2, 3), (128, 512)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,12 +246,12 @@ def memory(shape: Shape, work: Work, layout: Layout, device: Device) -> dict[str
     tokens = (said + corpus) / work.passes(layout.updaters)
     # Of a GPU's kernels, attention keeps no probabilities.
     seen = 0 if device.asynchronous else max(tree, cost.row_of(work, tokens, work.row_tokens))
-    chunk = max(_CHUNK_BYTES // (12 * size), _FEWEST_ROWS[device.asynchronous])
+    chunk = max(_CHUNK_BYTES // (8 * size), _FEWEST_ROWS[device.asynchronous])
     updating = {
         # Weights that are not stored in bfloat16 are kept in it from the forward pass on.
         "cast weights": 2.0 * shape.products * (work.bf16 and base == 4.0) / shards,
         "activations": tokens * activations(shape, work, seen),
-        "logits": 4.0 * _LOSS_BUFFERS * chunk * size,
+        "logits": 4.0 * _LOSS_BUFFERS[device.asynchronous] * chunk * size,
     }
     rows = min(work.batch, math.ceil(work.rollouts / layout.learners))
     places = rows * (work.prompt_tokens + 2 * work.new_tokens)
