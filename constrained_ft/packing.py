@@ -110,15 +110,29 @@ def _places(lengths: Sequence[int], capacity: int) -> Sequence[int]:
 
 
 def _balanced(lengths: Sequence[int], count: int) -> tuple[int, int, Sequence[int]]:
-    """Pieces in so many rows: the longest row, the slots of all, and the row of each piece."""
-    rows = [(0, row) for row in range(count)]
-    places = []
-    for length in lengths:
-        used, row = heapq.heappop(rows)
-        heapq.heappush(rows, (used + length, row))
-        places.append(row)
-    longest = max(rows)[0]
-    return longest, longest * count, places
+    """Pieces in so many rows: the longest row, the slots of all, and the row of each piece.
+
+    Source: Karmarkar & Karp 1982, "The differencing method of set partitioning". Begins with a
+    layout for each piece, and lays the two over each other whose rows differ most, the fullest row
+    of one on the emptiest of the other, until one is left.
+    """
+    empty: list[tuple[int, tuple[int, ...]]] = [(0, ())] * (count - 1)
+    layouts = [
+        (-length, piece, [(length, (piece,)), *empty]) for piece, length in enumerate(lengths)
+    ]
+    heapq.heapify(layouts)
+    while len(layouts) > 1:
+        _, piece, ours = heapq.heappop(layouts)
+        theirs = heapq.heappop(layouts)[2]
+        both = [(a + b, x + y) for (a, x), (b, y) in zip(ours, reversed(theirs), strict=True)]
+        both.sort(reverse=True)  # the fullest row first
+        heapq.heappush(layouts, (both[-1][0] - both[0][0], piece, both))
+    rows = layouts[0][2]
+    places = [0] * len(lengths)
+    for row, (_, pieces) in enumerate(rows):
+        for piece in pieces:
+            places[piece] = row
+    return rows[0][0], rows[0][0] * count, places
 
 
 class _Piece(NamedTuple):

@@ -71,7 +71,7 @@ def test_few_slots_of_usual_steps_are_padding() -> None:
         assert packed.ids_BL.shape[1] <= 256
         used += int(packed.lengths_B.sum())
         total += packed.ids_BL.numel()
-    assert 1 - used / total < 0.045
+    assert 1 - used / total < 0.035
 
 
 def through_transformers(shape: str, sharpness_of: LLM) -> list[Tensor]:
