@@ -135,10 +135,21 @@ def _largest_batch(llm: LLM, prompts: Prompts, config: Config) -> list[Tree]:
     return [Tree(stem=tuple(token % size for token in range(count))) for count in counts]
 
 
-def update_fits(llm: LLM, prompts: Prompts, config: Config) -> bool:
-    """Whether the memory of an update is there; true where the system does not tell."""
+def update_fits(llm: LLM, prompts: Prompts, config: Config, shards: int = 1) -> bool:
+    """Whether the memory of an update is there; true where the system does not tell.
+
+    Args:
+        llm: whole, as it is loaded.
+        prompts: how long they are.
+        config: the whole run.
+        shards: ranks among which weights will be divided: a rank keeps its part of the weights, of
+            a gradient and of two moments of what is trained.
+    """
     spare = spare_memory(llm.device)
     added = _training_bytes(llm, config) + _update_bytes(llm, prompts, config)
+    weights = sum(weight.numel() * weight.element_size() for weight in llm.module.parameters())
+    divided = weights + 4 * 3 * _num_trained(llm)
+    added -= divided - divided // shards
     return spare is None or added < _USABLE * spare
 
 

@@ -146,8 +146,10 @@ def build_parts(
         seed=seed_for(config.seed, "adapters"),
         class_head=config.data.has_class_head,
     )
-    if config.llm.gradient_checkpointing == "auto" and not update_fits(llm, prompts, config):
-        llm.checkpoint_activations()
+    if config.llm.gradient_checkpointing == "auto":
+        shards = 1 if config.trainer.sharding == "none" else _num_updating(config, world)
+        if not update_fits(llm, prompts, config, shards):
+            llm.checkpoint_activations()
     display.advance()
     started, texts = time.monotonic(), 0
     if config.trainer.filter_corpus:
@@ -185,6 +187,10 @@ def _sampling_server(config: Config, folder: RunFolder | None) -> SamplingServer
     server = SamplingServer(config.sampler, folder.adapters)
     server.probe()
     return server
+
+
+def _num_updating(config: Config, world: World) -> int:
+    return world.size - config.placement.peers * (config.placement.kind == "peers")
 
 
 def shard_llm(parts: Parts, config: Config) -> None:

@@ -19,7 +19,7 @@ from constrained_ft.rollouts import Rollouts, completion_hidden_states
 
 _BATCH_ROWS = 16
 _KL_ROLLOUTS = 128
-_CHUNK_ROWS = 256
+_CHUNK_ROWS = 64  # five buffers of the vocabulary each
 _SAID_PER_PROMPT = 2
 
 

@@ -19,6 +19,7 @@ from constrained_ft.memory import (
     peak_during,
     peak_memory,
     spare_memory,
+    update_fits,
 )
 from constrained_ft.packing import Tree
 from constrained_ft.parts import build_parts
@@ -92,6 +93,28 @@ def test_activations_are_what_the_allocator_gave_out(shape: str, *, lora: bool) 
         states_SD = llm.packed_states(packed)
     assert len(states_SD) == packed.ids_BL.numel() >= 1024
     assert counted == pytest.approx(found[0] / len(states_SD), rel=0.1)
+
+
+def test_ranks_that_divide_the_weights_need_less_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config("llm.lora=null")
+    parts = small_parts(config)
+
+    def needs(shards: int) -> int:
+        """The least spare memory that is enough, in bytes."""
+        enough, short = 2**40, 0
+        while enough - short > 1:
+            middle = (enough + short) // 2
+            monkeypatch.setattr(memory, "spare_memory", lambda _, spare=middle: spare)
+            if update_fits(parts.llm, parts.prompts, config, shards):
+                enough = middle
+            else:
+                short = middle
+        return enough
+
+    trained = sum(p.numel() for p in parts.llm.trained_parameters().values())
+    # Of each number: the weight, its gradient and two moments, float32; a fifth is kept free.
+    saved = (needs(1) - needs(4)) * memory._USABLE
+    assert saved == pytest.approx(0.75 * 16 * trained, rel=0.01)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
