@@ -174,13 +174,14 @@ def expected_satisfaction(
     for chunk in _slices(slice(0, len(hidden_MD)), rows):
         t_CV = _product(hidden_MD[chunk], guidance.head, logits)
         for tile, us in _tiles(t_CV, guidance, chunk, evidence):
+            assert us is not None
             part = _moved(tile, chunk.start)
             found[:, part] = _expectations(t_CV[tile], us, guidance, part)
     return found[0], found[1]
 
 
 def _expectations(t: Tensor, us: Tensor, guidance: Guidance, rows: slice) -> Tensor:
-    """log Rbar and log(1 - Rbar) from logits of the reference and evidence of R; uses both up."""
+    """log Rbar and log(1 - Rbar) from logits of the reference and products of R; uses both up."""
     t -= t.amax(-1, keepdim=True)
     p = t.exp_()  # but for a factor
     r, rest = us[0], None
@@ -297,7 +298,7 @@ class _Work:
         logits_CV, target_CV = self._logits(chunk)
         for tile, evidence_JBV in _tiles(logits_CV, call.tilt, chunk, self.evidence):
             rows = _moved(tile, chunk.start)
-            self._block(rows, logits_CV[tile], target_CV[tile], evidence_JBV)
+            self._tile(rows, logits_CV[tile], target_CV[tile], evidence_JBV)
         if self.wants_gradient:
             with call.head.fast_products():
                 torch.mm(logits_CV, call.head.weight_VD, out=self.gradient_MD[chunk])
@@ -321,41 +322,40 @@ class _Work:
             _product(tilt.hidden_MD[chunk], tilt.head, other_CV)
         return own_CV, other_CV
 
-    def _block(self, rows: slice, z: Tensor, t: Tensor, us: Tensor | None) -> None:
+    def _tile(self, rows: slice, z: Tensor, t: Tensor, us: Tensor | None) -> None:
         """Turn logits `z` of the LLM into the gradient, in place; `t`, `us`: reference and R."""
         tilt, labels = self.call.tilt, self.call.labels
         z -= z.amax(-1, keepdim=True)
+        weight_B1 = pull_B1 = z.new_zeros(len(z), 1)
         if labels is not None:
-            next_B1 = labels.next_M[rows, None]
-            next_logit_B1 = z.gather(1, next_B1)
+            assert self.ce_M is not None
+            self.ce_M[rows] = -z.gather(1, labels.next_M[rows, None])[:, 0]
         if tilt is not None:
             assert self.kl_M is not None
             assert self.log_satisfaction_M is not None
-            q, q_sum_B1, self.log_satisfaction_M[rows] = _tilt(t, us, tilt, rows)
+            assert us is not None
+            q, q_sum_B, self.log_satisfaction_M[rows] = _tilt(t, us, tilt, rows)
             t -= z
             t *= q
             if self.excludes:
                 t.masked_fill_(q == 0, 0.0)
-            gap_B1 = t.sum(-1, keepdim=True) / q_sum_B1
-        p = z.exp_()
-        p_sum_B1 = p.sum(-1, keepdim=True)
-        weight_B1 = z.new_zeros(len(z), 1)
-        if tilt is not None:
-            # Rounding can leave a sum of -1e-7.
-            kl_B1 = (gap_B1 + (p_sum_B1.log() - q_sum_B1.log())).clamp_(min=0.0)
-            self.kl_M[rows] = kl_B1[:, 0]
-            weight_B1 = weight_B1 + tilt.weights_M[rows, None]
-        if labels is not None:
-            assert self.ce_M is not None
-            self.ce_M[rows] = (p_sum_B1.log() - next_logit_B1)[:, 0]
-            weight_B1 = weight_B1 + labels.weights_M[rows, None]
+            self.kl_M[rows] = t.sum(-1) / q_sum_B - q_sum_B.log()
+            pull_B1 = (tilt.weights_M[rows] / q_sum_B)[:, None]
+        p = z.exp_()  # but for a factor, as q
+        p_sum_B = p.sum(-1)
+        for losses_M, part in ((self.ce_M, labels), (self.kl_M, tilt)):
+            if losses_M is not None and part is not None:
+                # Rounding can leave a sum of -1e-7.
+                losses_M[rows] = (losses_M[rows] + p_sum_B.log()).clamp_(min=0.0)
+                weight_B1 = weight_B1 + part.weights_M[rows, None]
         if not self.wants_gradient:
             return
-        p *= weight_B1 / p_sum_B1
-        if tilt is not None:
-            p.addcmul_(q, tilt.weights_M[rows, None] / q_sum_B1, value=-1)
+        p *= weight_B1 / p_sum_B[:, None]
+        if us is not None:
+            p.addcmul_(us[0], pull_B1, value=-1)
         if labels is not None:
-            p.scatter_add_(1, next_B1, -labels.weights_M[rows, None].to(p.dtype))
+            minus_B1 = -labels.weights_M[rows, None].to(p.dtype)
+            p.scatter_add_(1, labels.next_M[rows, None], minus_B1)
 
     def loss(self) -> Tensor:
         """The weighted sum of all rows."""
@@ -369,11 +369,11 @@ class _Work:
 
 
 def _tilt(t: Tensor, us: Tensor, tilt: Tilt, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """q but for a factor, its sum, and log Rbar, from logits of the reference and evidence of R.
+    """q but for a factor, its sum, and log Rbar, from logits of the reference and products of R.
 
     `t` becomes the logarithm of that q, and q takes the place of the first R.
     """
-    before_B = _logsumexp(t)
+    before_B = t.logsumexp(-1)
     for j, u in enumerate(us):
         # Rounds by 1e-7, as the product of probabilities would; softplus takes twice as long.
         _cut(u, tilt, rows, j).sigmoid_().log_()
@@ -387,22 +387,16 @@ def _tilt(t: Tensor, us: Tensor, tilt: Tilt, rows: slice) -> tuple[Tensor, Tenso
     top_B1 = t.amax(-1, keepdim=True)
     t -= top_B1
     q = torch.exp(t, out=log_r)
-    q_sum_B1 = q.sum(-1, keepdim=True)
-    after_B = (top_B1 + q_sum_B1.log())[:, 0]
-    return q, q_sum_B1, (after_B - before_B).clamp_(max=0.0)
+    q_sum_B = q.sum(-1)
+    after_B = top_B1[:, 0] + q_sum_B.log()
+    return q, q_sum_B, (after_B - before_B).clamp_(max=0.0)
 
 
 def _cut(u: Tensor, guidance: Guidance, rows: slice, j: int) -> Tensor:
-    """The logit of one R from its evidence, in place."""
+    """The logit of one R from its product, in place."""
     u += guidance.prior_JV[j]
     u += guidance.offset_MJ[rows, j, None]
     return u.clamp_(-guidance.limit, guidance.limit)
-
-
-def _logsumexp(values: Tensor) -> Tensor:
-    """Over the last axis; `torch.logsumexp` takes ten times as long on CPUs."""
-    top_B1 = values.amax(-1, keepdim=True)
-    return (values - top_B1).exp_().sum(-1).log_() + top_B1[:, 0]
 
 
 def _product(hidden_CD: Tensor, head: Head, buffer: Tensor) -> Tensor:
@@ -428,9 +422,9 @@ def _evidence_rows(chunk_rows: int, device: torch.device) -> int:
 def _tiles(
     logits_CV: Tensor, guidance: Guidance | None, chunk: slice, buffer: Tensor | None
 ) -> Iterator[tuple[slice, Tensor | None]]:
-    """Rows of a chunk, and what each R says of all next tokens there but for the row's offset.
+    """Rows of a chunk, on CPUs few enough to stay in the cache, and each R's product there.
 
-    On CPUs few enough to stay in the cache: nothing is shared between rows.
+    `_cut` adds what it lacks of the evidence.
     """
     most = len(logits_CV)
     if logits_CV.device.type == "cpu":
