@@ -198,7 +198,7 @@ def service_rows(_: str | None) -> list[Ratio]:
 
 FIRST = "5e8584f8d2ace2f235f133ac3084ff08c6c42d08"  # 4.3 % toxic of 10.9, perplexity of news 35.92
 FIRST_ITERATIONS = 6
-ENOUGH_ITERATIONS = 30  # 2.5 % toxic of 9.6, perplexity 30.50: docs/results.md, toxic/cft/0
+ENOUGH_ITERATIONS = 18  # 3.3 % toxic of 10.4, perplexity 31.29: cft train trainer.iterations=18
 GLANCE = ("evaluation.max_prompts=16", "evaluation.samples_per_prompt=8")
 
 
