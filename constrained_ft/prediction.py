@@ -16,6 +16,7 @@ from constrained_ft.cost import Demand, Layout, Number, Shape, Sharding, Work
 # products give: in float32, or in bfloat16.
 _NORMS, _COPIES = (4, 6), (1.5, 1.95)
 _MOMENTS = 2  # float32 numbers for each trained one; its gradient comes to them in an update
+_LAID_OUT = 2  # reading and writing weights, for reading them
 _SAMPLING_BUFFERS = 4  # float32 logits of a batch at once
 # Of the loss: float32 logits of a chunk, those of R on GPUs alone; its least rows on CPUs and GPUs.
 _CHUNK_BYTES, _LOSS_BUFFERS, _FEWEST_ROWS = 3 * 2**26, (2, 3), (128, 512)
@@ -32,6 +33,8 @@ class Device:
     """The same of float32 products."""
     memory_speed: Number
     """Bytes a second that are read or written."""
+    elementwise: Number
+    """The same where a nonlinear function of each number is computed."""
     memory: Number
     """Bytes."""
     call: Number
@@ -113,12 +116,14 @@ def spend(demand: Demand, device: Device, work: Work, phase: str, ranks: int) ->
     reached = device.efficiency.get(phase, 1.0)
     trunk = demand.trunk / (device.products if work.bf16 else device.wide)
     computed = trunk + demand.wide / device.wide
-    unhidden = max(demand.read / device.memory_speed - computed, 0.0)
+    weights = demand.read / device.memory_speed
+    # A CPU's library first lays the weights out anew, for each product; a GPU reads them meanwhile.
+    weights = max(weights - computed, 0.0) if device.asynchronous else _LAID_OUT * weights
     parts = {
         "trunk": trunk / reached,
         "wide": demand.wide / device.wide / reached,
-        "weights": unhidden / reached,
-        "memory": demand.moved / device.memory_speed / reached,
+        "weights": weights / reached,
+        "memory": demand.moved / device.elementwise / reached,
     }
     calls = demand.calls * device.call
     parts["calls"] = max(calls - sum(parts.values()), 0.0) if device.asynchronous else calls
@@ -321,6 +326,7 @@ DEVICES = {
         products=989e12,
         wide=67e12,
         memory_speed=3.35e12,
+        elementwise=3.35e12,
         memory=80e9,
         call=8e-6,
         asynchronous=True,
@@ -337,6 +343,7 @@ DEVICES = {
         products=312e12,
         wide=19.5e12,
         memory_speed=2.04e12,
+        elementwise=2.04e12,
         memory=80e9,
         call=8e-6,
         asynchronous=True,

@@ -25,6 +25,7 @@ _PROMPT_TOKENS = 16
 _LAYER = re.compile(r"\.(\d+)\.")
 _ROUNDS = 5
 _CALLS = 300
+_STATES = 2**20  # numbers of a tensor between products, which a cache may hold
 _LOOPBACK, _LOOPBACK_TOLD, _MEETING = 1.0e9, 2.4e9, 1.0e-3  # of gloo between two processes
 
 REACHED = {
@@ -272,6 +273,7 @@ def this_device(per_node: int) -> Device:
         products=found["bfloat16"],
         wide=found["float32"],
         memory_speed=found["memory"],
+        elementwise=found["memory"],
         memory=float(torch.cuda.get_device_properties(device).total_memory),
         call=found["call"],
         per_node=per_node,
@@ -294,6 +296,7 @@ def cpu(
         products=found["bfloat16"],
         wide=found["float32"],
         memory_speed=found["memory"],
+        elementwise=found["elementwise"],
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / per_node,
         call=found["call"],
         asynchronous=False,
@@ -315,7 +318,9 @@ def ceilings(
     megabytes: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Products a second in both precisions, bytes copied a second, seconds of a small operation.
+    """Operations a second of products in both precisions, bytes a second, seconds of a call.
+
+    Bytes are those of a copy and of a nonlinear function; the call is that of a small module.
 
     Args:
         device: what is measured.
@@ -341,10 +346,13 @@ def ceilings(
     source = torch.ones(megabytes * 2**18, device=device)  # written pages: others read too fast
     copied = torch.ones_like(source)
     found["memory"] = 2 * source.nbytes / best(lambda: copied.copy_(source))
-    small = torch.ones(16, 16, device=device)
+    states, results = source[:_STATES], copied[:_STATES]
+    found["elementwise"] = 2 * states.nbytes / best(lambda: torch.sigmoid(states, out=results))
+    layer = torch.nn.Linear(16, 16, device=device).requires_grad_(requires_grad=False)
+    small = torch.ones(1, 16, device=device)
 
     def calls() -> None:
         for _ in range(_CALLS):
-            small.add(1)
+            layer(small)
 
     return found | {"call": best(calls) / _CALLS}

@@ -48,7 +48,16 @@ SHAPE = Shape(
     queries=2048,
     keys=512,
 )
-RESOURCES = ("products", "wide", "memory_speed", "memory", "link", "network", "host_link")
+RESOURCES = (
+    "products",
+    "wide",
+    "memory_speed",
+    "elementwise",
+    "memory",
+    "link",
+    "network",
+    "host_link",
+)
 
 
 @pytest.fixture(scope="module")
