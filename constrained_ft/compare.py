@@ -126,7 +126,7 @@ def evaluate_command(  # noqa: PLR0913
         base = None if subject.base is None else kept[subject.base]
         display.phase(
             f"evaluating {subject.name}",
-            len(material.prompts) * config.evaluation.samples_per_prompt,
+            len(material.prompts) * config.evaluation.samples_per_prompt * subject.best_of,
         )
         evaluations.append(
             evaluate.evaluate(
