@@ -254,7 +254,7 @@ def memory(shape: Shape, work: Work, layout: Layout, device: Device) -> dict[str
     chunk = max(_CHUNK_BYTES // (8 * size), _FEWEST_ROWS[device.asynchronous])
     updating = {
         # Weights that are not stored in bfloat16 are kept in it from the forward pass on.
-        "cast weights": 2.0 * shape.products * (work.bf16 and base == 4.0) / shards,
+        "cast weights": 2.0 * shape.products * (work.bf16 and base == 4.0),
         "activations": tokens * activations(shape, work, seen),
         "logits": 4.0 * _LOSS_BUFFERS[device.asynchronous] * chunk * size,
     }
@@ -269,6 +269,9 @@ def memory(shape: Shape, work: Work, layout: Layout, device: Device) -> dict[str
     # The reference keeps a copy of a head that is trained; what samples is a copy of all. Shards
     # are fetched instead.
     updating["gradients"] = 4.0 * shape.trained / shards
+    # What is no layer, and one layer: whole weights, and gradients before and while they are sent.
+    fetched = shape.parameters - shape.products * (1 - 1 / shape.layers)
+    updating["fetched"] = (base + 8.0 * (shape.adapters == 0)) * fetched * (shards > 1)
     updating["reference's head"] = 4.0 * size * width * (shape.adapters == 0)
     sampled["frozen copy"] = 4.0 * shape.trained * (shards == 1)
     sampled["whole weights"] = base * shape.parameters * (shards > 1)

@@ -39,7 +39,7 @@ from constrained_ft.compose import compose  # noqa: E402
 from constrained_ft.cost import Layout, Shape, Work  # noqa: E402
 from constrained_ft.distributed import StopRequest, World, join  # noqa: E402
 from constrained_ft.finetune import corpus_rows, rows_after_first_step, update_llm  # noqa: E402
-from constrained_ft.machine import processor  # noqa: E402
+from constrained_ft.machine import processor, release_freed  # noqa: E402
 from constrained_ft.memory import forget_peak, recent_peak  # noqa: E402
 from constrained_ft.parts import build_parts, shard_llm  # noqa: E402
 from constrained_ft.phases import Phases  # noqa: E402
@@ -269,6 +269,7 @@ def run_case(name: str, small: str, clock: str) -> dict[str, Any]:
             update_llm(parts, target, config, iteration)
         said = parts.replay[0].rollouts
         rows = [r for rank in corpus_rows(parts, config, iteration) for p in rank for r in p]
+        release_freed()
         met.append(
             (
                 statistics.mean(len(prompt.token_ids) for prompt in said.prompts),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,15 +45,14 @@ def test_every_cell_is_a_run_of_its_own_that_composes() -> None:
     assert sorted({cell.seed for cell in main}) == [0, 1, 2]
 
 
-def model(shares: dict[str, float], perplexity: float) -> dict[str, Any]:
+def model(shares: dict[str, float], perplexity: float | None) -> dict[str, Any]:
     mean = float(np.mean(list(shares.values())))
     interval = {"mean": mean, "low": mean / 2, "high": mean * 2}
     group: dict[str, Any] = {"violation": interval, "any_violation": interval}
     group |= {"judges": {"judge": interval}, "violation_by_prompt": shares}
     group |= {"distinct_2": 0.75, "empty": 0.01, "length": 18.0}
-    return {"groups": {"prompts": group}, "perplexity": {"news": {"mean": perplexity}}} | {
-        "detection": {}
-    }
+    of_text = {} if perplexity is None else {"news": {"mean": perplexity}}
+    return {"groups": {"prompts": group}, "perplexity": of_text, "detection": {}}
 
 
 def test_the_page_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +82,11 @@ def test_the_page_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mon
     for name in measured:
         shutil.rmtree(tmp_path / name)
         reproduce.run(tmp_path, name, math.inf)
+    said = comparison.extra_command("toxic/decoding", Path("comparison"))
+    models = [model(plain, 36.0), model(plain, 28.0), model(controlled, None), model(plain, 28.0)]
+    row = {"name": "toxic/decoding", "commands": [f"cft {shlex.join(said)}"], "models": models}
+    with (tmp_path / "r.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
     comparison_page.render()
     page = (tmp_path / "results.md").read_text(encoding="utf-8")
     (row,) = [line for line in page.splitlines() if line.startswith("| cft |")]
@@ -95,6 +100,7 @@ def test_the_page_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mon
         "- sft: more toxic (21.0 % against 7.0 %, cft / sft = 0.33) and better at held-out news"
         in page
     )
+    assert "sft, R guides = 1.16) and not measured at held-out news" in page
     machine = "a CPU, 2 cores, OMP_NUM_THREADS=1, torch 2.13.0"
     assert f"| toxic/cft/1 | 61 | 20 | 512 | 90,000 | {machine} | 0123abc |" in page
     assert "toxic/cft/2" in page.partition("Not run yet: ")[2]
