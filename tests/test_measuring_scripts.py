@@ -100,7 +100,7 @@ def test_the_page_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mon
         "- sft: more toxic (21.0 % against 7.0 %, cft / sft = 0.33) and better at held-out news"
         in page
     )
-    assert "sft, R guides = 1.16) and not measured at held-out news" in page
+    assert "sft, R guides = 1.17) and not measured at held-out news" in page
     machine = "a CPU, 2 cores, OMP_NUM_THREADS=1, torch 2.13.0"
     assert f"| toxic/cft/1 | 61 | 20 | 512 | 90,000 | {machine} | 0123abc |" in page
     assert "toxic/cft/2" in page.partition("Not run yet: ")[2]
