@@ -56,8 +56,8 @@ class Processes:
                 f"trainer.trl runs in one process, and {self.total} would start; give "
                 "--nproc-per-node 1"
             )
-        peers = config.placement.peers
-        if config.placement.kind == "peers" and peers >= self.total:
+        peers = config.placement.num_learning
+        if peers >= self.total:
             raise ConfigError(
                 f"placement.peers={peers} needs {peers + 1} processes or more, and "
                 f"{self.total} would start; give --nproc-per-node {peers + 1}, or placement=inline"

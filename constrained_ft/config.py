@@ -549,6 +549,11 @@ class PlacementConfig(Section):
     process is stopped, or something holds its interpreter. Never less than 20 times its longest
     pause so far. A rank that works gives signs of life, however long its phase takes."""
 
+    @property
+    def num_learning(self) -> int:
+        """Ranks that learn the target while the others update; 0 where the same ones do both."""
+        return self.peers if self.kind == "peers" else 0
+
 
 class JudgeConfig(Section):
     """A scorer that training never sees."""

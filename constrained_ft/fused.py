@@ -169,11 +169,10 @@ def expected_satisfaction(
     hidden_MD, size = guidance.hidden_MD, len(guidance.head.weight_VD)
     rows = _chunk_rows(hidden_MD, guidance.head, chunk_rows)
     logits = hidden_MD.new_empty(rows, size, dtype=_wide(hidden_MD))
-    evidence = _evidence_buffer(guidance, logits)
     found = hidden_MD.new_empty(2, len(hidden_MD), dtype=_wide(hidden_MD))
     for chunk in _slices(slice(0, len(hidden_MD)), rows):
         t_CV = _product(hidden_MD[chunk], guidance.head, logits)
-        for tile, us in _tiles(t_CV, guidance, chunk, evidence):
+        for tile, us in _tiles(t_CV, guidance, chunk):
             assert us is not None
             part = _moved(tile, chunk.start)
             found[:, part] = _expectations(t_CV[tile], us, guidance, part)
@@ -280,9 +279,6 @@ class _Work:
         self.ce_M = result() if call.labels else None
         self.kl_M = result() if call.tilt else None
         self.log_satisfaction_M = result() if call.tilt else None
-        self.evidence = (
-            None if call.tilt is None else _evidence_buffer(call.tilt, self.logits[:rows])
-        )
         self.gradient_MD = hidden_MD.new_empty(hidden_MD.shape, dtype=_wide(hidden_MD))
         self.gradient_VD = torch.zeros_like(head.weight_VD) if trains_head else None
         self.gradient_V = (
@@ -296,7 +292,7 @@ class _Work:
         """Losses and gradients of some rows."""
         call, hidden_CD = self.call, self.hidden_MD[chunk]
         logits_CV, target_CV = self._logits(chunk)
-        for tile, evidence_JBV in _tiles(logits_CV, call.tilt, chunk, self.evidence):
+        for tile, evidence_JBV in _tiles(logits_CV, call.tilt, chunk):
             rows = _moved(tile, chunk.start)
             self._tile(rows, logits_CV[tile], target_CV[tile], evidence_JBV)
         if self.wants_gradient:
@@ -409,18 +405,12 @@ def _product(hidden_CD: Tensor, head: Head, buffer: Tensor) -> Tensor:
     return logits_CV
 
 
-def _evidence_buffer(guidance: Guidance, logits_CV: Tensor) -> Tensor:
-    """For `_tiles` of chunks as large as this."""
-    rows = _evidence_rows(len(logits_CV), logits_CV.device)
-    return logits_CV.new_empty(len(guidance.prior_JV), rows, logits_CV.shape[1])
-
-
 def _evidence_rows(chunk_rows: int, device: torch.device) -> int:
     return min(chunk_rows, _EVIDENCE_ROWS.get(device.type, chunk_rows))
 
 
 def _tiles(
-    logits_CV: Tensor, guidance: Guidance | None, chunk: slice, buffer: Tensor | None
+    logits_CV: Tensor, guidance: Guidance | None, chunk: slice
 ) -> Iterator[tuple[slice, Tensor | None]]:
     """Rows of a chunk, on CPUs few enough to stay in the cache, and each R's product there.
 
@@ -433,8 +423,9 @@ def _tiles(
     if guidance is None:
         yield from ((tile, None) for tile in _slices(whole, most))
         return
-    assert buffer is not None
-    for part in _slices(whole, buffer.shape[1]):
+    rows = _evidence_rows(len(logits_CV), logits_CV.device)
+    buffer = logits_CV.new_empty(len(guidance.prior_JV), rows, logits_CV.shape[1])
+    for part in _slices(whole, rows):
         evidence_JPV = _evidence(guidance, _moved(part, chunk.start), buffer)
         for tile in _slices(part, most):
             yield tile, evidence_JPV[:, _moved(tile, -part.start)]

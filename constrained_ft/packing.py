@@ -99,7 +99,7 @@ def pack(trees: Sequence[Tree], capacity: int, pad: int, *, apart: bool = False)
 def _places(lengths: Sequence[int], capacity: int) -> Sequence[int]:
     """The row of each piece, longest first, in the layout with the fewest slots.
 
-    With as many rows as just fit, and with some more, each piece goes into the emptiest row.
+    Tried are as many rows as just fit, and some more.
     """
     room = max(capacity, lengths[0])
     counts = range(-(-sum(lengths) // room), len(lengths) + 1)

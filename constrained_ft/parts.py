@@ -147,7 +147,8 @@ def build_parts(
         class_head=config.data.has_class_head,
     )
     if config.llm.gradient_checkpointing == "auto":
-        shards = 1 if config.trainer.sharding == "none" else _num_updating(config, world)
+        updating = world.size - config.placement.num_learning
+        shards = 1 if config.trainer.sharding == "none" else updating
         if not update_fits(llm, prompts, config, shards):
             llm.checkpoint_activations()
     display.advance()
@@ -187,10 +188,6 @@ def _sampling_server(config: Config, folder: RunFolder | None) -> SamplingServer
     server = SamplingServer(config.sampler, folder.adapters)
     server.probe()
     return server
-
-
-def _num_updating(config: Config, world: World) -> int:
-    return world.size - config.placement.peers * (config.placement.kind == "peers")
 
 
 def shard_llm(parts: Parts, config: Config) -> None:

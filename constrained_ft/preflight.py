@@ -211,7 +211,7 @@ def _scoring_words(config: Config, base: Evaluation) -> str:
 
 
 def _placement_words(parts: Parts, config: Config) -> str:
-    size, peers = parts.everyone.size, config.placement.peers
-    if config.placement.kind == "peers":
+    size, peers = parts.everyone.size, config.placement.num_learning
+    if peers:
         return f"{size - peers} processes update, {peers} learn the target"
     return "1 process" if size == 1 else f"{size} processes"

@@ -46,7 +46,7 @@ class Row:
 
     def perplexity(self) -> str:
         """Of the corpus's first group of held-out text; not measured where R guides."""
-        found, mean = self._perplexities(), self.news()
+        found, mean = self.perplexities(), self.news()
         if mean is None:
             return "–"
         spread = f" ({' '.join(f'{one:.2f}' for one in found)})" if len(found) > 1 else ""
@@ -54,10 +54,11 @@ class Row:
 
     def news(self) -> float | None:
         """The same over all seeds."""
-        found = self._perplexities()
+        found = self.perplexities()
         return float(np.mean(found)) if found else None
 
-    def _perplexities(self) -> list[float]:
+    def perplexities(self) -> list[float]:
+        """The same, seed by seed."""
         groups = [model["perplexity"] for model in self.models]
         return [next(iter(group.values()))["mean"] for group in groups if group]
 
@@ -134,9 +135,9 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for row in rows:
-        if row.news() is None:
+        xs = row.perplexities()
+        if not xs:
             continue
-        xs = [next(iter(model["perplexity"].values()))["mean"] for model in row.models]
         ys = [100 * model["groups"][row.group()]["violation"]["mean"] for model in row.models]
         axes.scatter(xs, ys, s=28)
         axes.annotate(row.label, (xs[0], ys[0]), xytext=(6, 4), textcoords="offset points")
