@@ -12,7 +12,7 @@ from constrained_ft.named_models import base_model, final_model, finished_run, s
 from constrained_ft.progress import Display
 from constrained_ft.prompts import check_prompt_lengths, tokenise_prompts
 from constrained_ft.randomness import seed_for
-from constrained_ft.rollouts import sample
+from constrained_ft.sampling import sample
 from constrained_ft.scorers import Scorer, least_scores
 
 _SAMPLER = SamplerConfig(kind="cft", batch_size=64)

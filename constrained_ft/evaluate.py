@@ -29,7 +29,8 @@ from constrained_ft.progress import Display
 from constrained_ft.prompts import Prompt
 from constrained_ft.randomness import seed_for
 from constrained_ft.results import QUANTILES, Evaluation, GroupResult
-from constrained_ft.rollouts import Rollouts, sample
+from constrained_ft.rollouts import Rollouts
+from constrained_ft.sampling import sample
 from constrained_ft.scorers import Scorer, least_scores
 from constrained_ft.scoring import Scoring
 

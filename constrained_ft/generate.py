@@ -11,7 +11,7 @@ from constrained_ft.named_models import final_model, find_run, model_at, scorers
 from constrained_ft.progress import Display
 from constrained_ft.prompts import check_prompt_lengths, tokenise_prompts
 from constrained_ft.randomness import seed_for
-from constrained_ft.rollouts import sample
+from constrained_ft.sampling import sample
 from constrained_ft.scorers import least_scores
 
 _NEW_TOKENS = 64  # of a model that is no run

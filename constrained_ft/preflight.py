@@ -17,9 +17,9 @@ from constrained_ft.parts import Parts
 from constrained_ft.progress import Silent
 from constrained_ft.regimes import advice, base_rate, is_graded
 from constrained_ft.results import Evaluation
-from constrained_ft.rollouts import sample
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.samples import record_base
+from constrained_ft.sampling import sample
 
 _REHEARSED = 32  # tokens that the exported model is tried out on
 _SAMPLED = 2  # prompts that a sampling server is tried out on

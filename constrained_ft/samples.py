@@ -12,8 +12,9 @@ from constrained_ft.parts import Parts
 from constrained_ft.progress import Silent
 from constrained_ft.prompts import Prompt
 from constrained_ft.randomness import seed_for
-from constrained_ft.rollouts import LabeledRollouts, Rollouts, sample
+from constrained_ft.rollouts import LabeledRollouts, Rollouts
 from constrained_ft.run_folder import RunFolder
+from constrained_ft.sampling import sample
 from constrained_ft.scorer_config import is_quick
 from constrained_ft.scorers import least_scores
 from constrained_ft.target import Target

@@ -35,10 +35,10 @@ from constrained_ft.rollouts import (
     Rollouts,
     by_term,
     completion_hidden_states,
-    sample,
     with_labels_of,
     with_scores,
 )
+from constrained_ft.sampling import sample
 from constrained_ft.scoring import Scored, Scoring, to_be_scored
 from constrained_ft.term_heads import measure_terms
 

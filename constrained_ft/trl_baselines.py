@@ -33,9 +33,10 @@ from constrained_ft.machine import release_freed
 from constrained_ft.order import permutation
 from constrained_ft.parts import Parts
 from constrained_ft.randomness import seed_everything, seed_for
-from constrained_ft.rollouts import LabeledRollouts, completion_texts, sample, with_scores
+from constrained_ft.rollouts import LabeledRollouts, with_scores
 from constrained_ft.run_folder import RunFolder
 from constrained_ft.samples import record_samples, write_rollouts
+from constrained_ft.sampling import completion_texts, sample
 from constrained_ft.scorers import Score, valid
 from constrained_ft.scoring import Scoring
 

@@ -18,7 +18,7 @@ from constrained_ft.compose import compose
 from constrained_ft.distributed import StopRequest, World
 from constrained_ft.parts import build_parts
 from constrained_ft.progress import Silent
-from constrained_ft.rollouts import sample
+from constrained_ft.sampling import sample
 from constrained_ft.scorer_config import FunctionScorerConfig
 from constrained_ft.scorers import build_scorer
 from constrained_ft.scoring import Scoring

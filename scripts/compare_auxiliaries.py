@@ -26,7 +26,8 @@ from constrained_ft.intervals import bootstrap
 from constrained_ft.parts import Parts, build_auxiliary, build_parts
 from constrained_ft.progress import Silent
 from constrained_ft.randomness import seed_for
-from constrained_ft.rollouts import LabeledRollouts, label, sample
+from constrained_ft.rollouts import LabeledRollouts, label
+from constrained_ft.sampling import sample
 from constrained_ft.scorers import score_all
 
 HARD = ["constraint.labels=hard"]

@@ -21,8 +21,9 @@ from constrained_ft.distributed import StopRequest
 from constrained_ft.fit import Examples, fit_auxiliary, measure
 from constrained_ft.parts import build_auxiliary, build_parts
 from constrained_ft.progress import Silent
-from constrained_ft.rollouts import label, sample
+from constrained_ft.rollouts import label
 from constrained_ft.run_folder import RunFolder
+from constrained_ft.sampling import sample
 
 SEEDS = range(8)
 SAMPLES = 8

@@ -17,7 +17,8 @@ from constrained_ft.distributed import StopRequest
 from constrained_ft.finetune import update_llm
 from constrained_ft.parts import build_parts
 from constrained_ft.progress import Silent
-from constrained_ft.rollouts import label, sample
+from constrained_ft.rollouts import label
+from constrained_ft.sampling import sample
 from constrained_ft.target import learn_target
 
 RARE = (

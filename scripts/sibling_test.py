@@ -25,7 +25,8 @@ from constrained_ft.fit import fit_auxiliary
 from constrained_ft.parts import Parts, build_auxiliary, build_parts
 from constrained_ft.progress import Silent
 from constrained_ft.prompts import Prompt
-from constrained_ft.rollouts import Rollouts, label, sample
+from constrained_ft.rollouts import Rollouts, label
+from constrained_ft.sampling import sample
 from constrained_ft.scorers import score_all
 
 KINDS = ("additive", "transformer", "head")

@@ -45,8 +45,8 @@ from constrained_ft.loading import load_llm
 from constrained_ft.parts import Parts, build_parts
 from constrained_ft.perplexity import perplexity
 from constrained_ft.progress import Silent
-from constrained_ft.rollouts import sample
 from constrained_ft.run_folder import RunFolder, write_atomically
+from constrained_ft.sampling import sample
 from constrained_ft.scorers import least_scores
 from constrained_ft.train import train
 

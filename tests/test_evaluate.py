@@ -29,7 +29,8 @@ from constrained_ft.perplexity import said_perplexity
 from constrained_ft.progress import Silent
 from constrained_ft.prompts import Prompt
 from constrained_ft.randomness import seed_for
-from constrained_ft.rollouts import Rollouts, sample
+from constrained_ft.rollouts import Rollouts
+from constrained_ft.sampling import sample
 
 WIDE = (
     "evaluation.top_p=0.5",

@@ -26,7 +26,8 @@ from constrained_ft.progress import Silent
 from constrained_ft.prompts import Prompt
 from constrained_ft.randomness import generator_for
 from constrained_ft.resources import resolve_model
-from constrained_ft.rollouts import Rollouts, completion_hidden_states, label, sample
+from constrained_ft.rollouts import Rollouts, completion_hidden_states, label
+from constrained_ft.sampling import sample
 from constrained_ft.scorer_config import LettersScorerConfig
 from constrained_ft.scorers import build_scorer
 from constrained_ft.tabular import table_llm

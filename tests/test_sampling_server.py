@@ -18,8 +18,9 @@ from constrained_ft.distributed import StopRequest, World
 from constrained_ft.errors import ConfigError, Interrupted, SamplerError, SamplingError
 from constrained_ft.llm import LLM
 from constrained_ft.progress import Silent
-from constrained_ft.rollouts import Rollouts, sample
+from constrained_ft.rollouts import Rollouts
 from constrained_ft.run_folder import RunFolder
+from constrained_ft.sampling import sample
 from constrained_ft.sampling_server import SamplingServer
 from constrained_ft.tiny import tiny_model
 from constrained_ft.train import train

@@ -15,8 +15,9 @@ from small import run, small_config, small_parts
 from constrained_ft.distributed import StopRequest, World
 from constrained_ft.errors import Interrupted, MissingScoresError, ScorerError
 from constrained_ft.progress import Silent
-from constrained_ft.rollouts import Rollouts, sample
+from constrained_ft.rollouts import Rollouts
 from constrained_ft.run_folder import RunFolder
+from constrained_ft.sampling import sample
 from constrained_ft.scorer_config import FunctionScorerConfig
 from constrained_ft.scorers import (
     RememberingScorer,
