@@ -34,15 +34,6 @@ class Pending(Protocol):
         ...
 
 
-@runtime_checkable
-class Placement(Protocol):
-    """Runs stage 1 somewhere."""
-
-    def start(self, parts: Parts, config: Config, reference: FrozenLLM, iteration: int) -> Pending:
-        """Begin to learn the target of `reference`, the LLM at the start of an iteration."""
-        ...
-
-
 class Done:
     """A target that is already learned."""
 

@@ -11,17 +11,20 @@ code.
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
@@ -122,7 +125,7 @@ def read_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fill tensors, divided or not, with what `write_shards` wrote; each rank reads its own part.
 
     Raises:
-        ValueError: when names, shapes or types differ, or a file cannot be read.
+        ValueError: when names, shapes or types differ, parts are missing, or a file cannot be read.
     """
     reader = HuggingFaceStorageReader(str(folder))
     try:
@@ -139,10 +142,26 @@ def read_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
                     f"{name} is {tuple(facts[0] or ())} {dtype} there and {tuple(tensor.shape)} "
                     f"{tensor.dtype} here"
                 )
+            if not _are_all_rows(getattr(there, "chunks", ()), tensor.shape):
+                raise ValueError(f"parts of {name} are missing or there twice")
         with _quiet():
             load(dict(tensors), storage_reader=reader, no_dist=True)
     except CheckpointException as error:
         raise ValueError(f"{folder.name}: {_reasons(error)}") from error
+    except SafetensorError as error:  # what it raises is a bare Exception
+        raise ValueError(f"{folder.name}: {error}") from error
+
+
+def _are_all_rows(parts: Sequence[ChunkStorageMetadata], shape: torch.Size) -> bool:
+    """Whether parts are those of a tensor divided by rows; what is missing would stay unset."""
+    if not shape:
+        return len(parts) == 1
+    end = 0
+    for offsets, sizes in sorted((tuple(one.offsets), tuple(one.sizes)) for one in parts):
+        if offsets != (end, *(0 for _ in shape[1:])) or sizes[1:] != tuple(shape[1:]):
+            return False
+        end += sizes[0]
+    return end == shape[0]
 
 
 @contextmanager

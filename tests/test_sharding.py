@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ import safetensors.torch
 import torch
 from several import started, together
 from small import run, small_config, small_parts
+from test_checkpoint import CRAFTED, Canary
 from test_distributed import step_in_float64
 from test_launch import digests, rows
 from torch import Tensor
@@ -315,6 +317,52 @@ def test_with_adapters_and_a_peer_the_run_is_that_of_one_process(tmp_path: Path)
     assert distance(ours, theirs) <= 1e-4
     ours, theirs = weights(folder / "final" / "llm"), weights(alone.final_llm)
     assert distance(ours, theirs) <= 1e-5
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
+    """A checkpoint with shards, all of them one rank's."""
+    config = config_of((), 4)
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return checkpoint.save(folder, small_parts(config), config, None, {"iteration": 0.0}), config
+
+
+@pytest.mark.parametrize("kind", [*CRAFTED, "pickle", "a hole", "twice"])
+def test_crafted_shards_are_refused_and_run_nothing(
+    kind: str, sharded: tuple[Path, Config], tmp_path: Path
+) -> None:
+    copied, canary = tmp_path / "copied", tmp_path / "canary"
+    shutil.copytree(sharded[0], copied)
+    (shard,) = (copied / "shards").iterdir()
+    if kind in ("a hole", "twice"):
+        with safetensors.safe_open(shard, "pt") as opened:
+            facts = opened.metadata()
+        tensors = safetensors.torch.load_file(shard)
+        places = json.loads(facts["DCP_SHARDING_INFO"])
+        name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
+        half = len(tensors[name]) // 2
+        other = tensors[name][half:].clone()
+        if kind == "a hole":  # its second half is all there is of a tensor
+            tensors[name] = other
+        else:
+            safetensors.torch.save_file(
+                {name: other},
+                shard.with_name("more.safetensors"),
+                {"DCP_SHARDING_INFO": json.dumps({name: {"saved_offsets": [half, 0]}})},
+            )
+        places[name]["saved_offsets"] = [half * (kind == "a hole"), 0]
+        facts["DCP_SHARDING_INFO"] = json.dumps(places)
+        safetensors.torch.save_file(tensors, shard, facts)
+    else:
+        crafted = pickle.dumps(Canary(canary)) if kind == "pickle" else CRAFTED[kind]
+        shard.write_bytes(crafted)
+    parts = small_parts(sharded[1])
+    before = {name: one.clone() for name, one in parts.llm.trained_parameters().items()}
+    with pytest.raises(CheckpointError, match="does not fit this run"):
+        checkpoint.restore_llm(copied, parts)
+    now = parts.llm.trained_parameters()
+    assert all(torch.equal(one, now[name]) for name, one in before.items())
+    assert not canary.exists()
 
 
 def test_what_does_not_go_together_is_refused() -> None:
