@@ -32,6 +32,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from constrained_ft.machine import CPU_PRODUCTS
+
 _CHUNK_BYTES = 3 * 2**26  # of two float32 buffers [rows, V]
 _FEWEST_ROWS = {"cpu": 128, "cuda": 512}  # of a chunk; products with fewer are slow
 _EVIDENCE_ROWS = {"cpu": 64}  # of R's products, which are small; elsewhere all of a chunk
@@ -60,16 +62,20 @@ class Head:
         """Multiply on bfloat16 units where both factors are bfloat16 numbers anyway.
 
         Products are summed and returned in float32, so the forward pass is as exact as in float32
-        and twice as fast. Backward passes round the gradient of the logits to 8 bits.
+        and twice as fast. Backward passes round the gradient of the logits to 8 bits. On CPUs only:
+        elsewhere nothing changes.
         """
-        products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at run time
-        before = products.fp32_precision
-        if self.bf16_valued:
-            products.fp32_precision = "bf16"
-        try:
+        if not (self.bf16_valued and self.weight_VD.device.type == "cpu"):
             yield
-        finally:
-            products.fp32_precision = before
+            return
+        products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at run time
+        with CPU_PRODUCTS:
+            before = products.fp32_precision
+            products.fp32_precision = "bf16"
+            try:
+                yield
+            finally:
+                products.fp32_precision = before
 
     def frozen(self) -> "Head":
         """This head as it is now; trained weights are copied, frozen ones shared."""

@@ -3,8 +3,13 @@
 import ctypes
 import os
 import platform
+import threading
 from contextlib import suppress
 from pathlib import Path
+
+CPU_PRODUCTS = threading.RLock()
+"""How a CPU multiplies float32 matrices is one setting of the whole process. Who changes it holds
+this meanwhile, and so does a scorer's model that computes in a thread of its own."""
 
 
 def usable_cores() -> int:

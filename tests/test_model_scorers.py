@@ -1,6 +1,7 @@
 """Scorers with a model of their own, held against transformers used plainly."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from constrained_ft.errors import DataError, ModelError, ScorerError
+from constrained_ft.fused import Head
 from constrained_ft.score import Item, fit_command
 from constrained_ft.scorer_config import (
     ClassifierScorerConfig,
@@ -79,6 +81,22 @@ def test_a_classifier_scores_as_the_pipeline_does(classifier: str, batch_size: i
     assert score_all(scorer, PROMPTS, TEXTS) == pytest.approx(wanted, abs=1e-5)
     fine = build_scorer(hf(classifier, labels=("fine",), higher_is="satisfied"))
     assert score_all(fine, PROMPTS, TEXTS) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_classifier_in_a_thread_waits_while_products_are_rounded(classifier: str) -> None:
+    scorer = build_scorer(hf(classifier, labels=("fine",), higher_is="satisfied"))
+    alone = score_all(scorer, PROMPTS, TEXTS)
+    head = Head(weight_VD=torch.randn(8, 4), bias_V=None, bf16_valued=True)
+    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    usual = products.fp32_precision
+    with ThreadPoolExecutor(1) as threads:
+        with head.fast_products():
+            assert products.fp32_precision == "bf16"
+            meanwhile = threads.submit(score_all, scorer, PROMPTS, TEXTS)
+            with pytest.raises(TimeoutError):
+                meanwhile.result(timeout=0.3)
+        assert meanwhile.result() == alone
+    assert products.fp32_precision == usual
 
 
 def test_what_is_classified_can_be_chosen(classifier: str) -> None:

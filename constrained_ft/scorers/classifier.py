@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from constrained_ft.errors import ScorerError
+from constrained_ft.machine import CPU_PRODUCTS
 from constrained_ft.scorer_config import ClassifierScorerConfig
 from constrained_ft.scorers.pretrained import load_pretrained, version_of
 from constrained_ft.scorers.protocol import Score, ScoreFailure
@@ -66,7 +67,8 @@ class ClassifierScorer:
                 max_length=self._config.max_length,
                 return_tensors="pt",
             ).to(self._model.device)
-            logits_BL = self._model(**inputs).logits.float()
+            with CPU_PRODUCTS:
+                logits_BL = self._model(**inputs).logits.float()
             for i, probability in zip(rows, self._probabilities(logits_BL), strict=True):
                 found[i] = probability
         satisfied = self._config.higher_is == "satisfied"

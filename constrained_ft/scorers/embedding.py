@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from constrained_ft.errors import ScorerError
+from constrained_ft.machine import CPU_PRODUCTS
 from constrained_ft.scorer_config import EmbeddingScorerConfig
 from constrained_ft.scorers.pretrained import load_pretrained, version_of
 from constrained_ft.scorers.protocol import Score, ScoreFailure
@@ -116,7 +117,8 @@ class Embedder:
                 max_length=self._config.max_length,
                 return_tensors="pt",
             ).to(self._model.device)
-            states_NLD = self._model(**inputs).last_hidden_state.float()
+            with CPU_PRODUCTS:
+                states_NLD = self._model(**inputs).last_hidden_state.float()
             pooled_ND = self._pooled(states_NLD, inputs["attention_mask"])
             for i, vector_D in zip(rows, F.normalize(pooled_ND, dim=-1).cpu(), strict=True):
                 found[i] = vector_D

@@ -6,6 +6,7 @@ import torch
 
 from constrained_ft.errors import ScorerError
 from constrained_ft.loading import load_frozen, plain_config
+from constrained_ft.machine import CPU_PRODUCTS
 from constrained_ft.packing import pad_right
 from constrained_ft.scorer_config import SelfJudgeScorerConfig
 from constrained_ft.scorers.pretrained import version_of
@@ -61,7 +62,8 @@ class SelfJudgeScorer:
         for start in range(0, len(order), self._config.batch_size):
             rows = order[start : start + self._config.batch_size]
             ids_BL, lengths_B = pad_right([questions[i] for i in rows], 0, self._llm.device)
-            hidden_BLD = self._llm.hidden_states(ids_BL, lengths_B)
+            with CPU_PRODUCTS:
+                hidden_BLD = self._llm.hidden_states(ids_BL, lengths_B)
             last_BD = hidden_BLD[torch.arange(len(rows), device=ids_BL.device), lengths_B - 1]
             answers_B2 = self._llm.head(last_BD)[:, [self._yes, self._no]].float()
             for i, share in zip(rows, answers_B2.softmax(-1)[:, 0].tolist(), strict=True):
