@@ -40,11 +40,14 @@ Shared = TypeVar("Shared", bound=Sequence[Any] | Tensor)
 
 
 def default_device() -> torch.device:
-    """This process's accelerator, or the CPU."""
-    if torch.accelerator.is_available():
-        found = torch.accelerator.current_accelerator() or torch.device("cpu")
-        return torch.device(found.type, torch.accelerator.current_device_index())
-    return torch.device("cpu")
+    """This process's accelerator, or the CPU.
+
+    Not Apple's, which has no float64: tokens are drawn by sums in it.
+    """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if found is None or found.type == "mps":
+        return torch.device("cpu")
+    return torch.device(found.type, torch.accelerator.current_device_index())
 
 
 def wants_bf16(precision: str, *, tiny: bool) -> bool:

@@ -34,7 +34,7 @@ def prompts_to_sample(
     """
     count, seed = config.prompts.prompts_per_iteration, config.seed
     if config.trainer.is_plain and iteration <= config.trainer.iterations:  # no update reads them
-        count = min(count, _LOOKED_AT)
+        return parts.prompts.of_iteration(iteration, min(count, _LOOKED_AT), seed)
     looked_at = min(count * config.prompts.candidates, len(parts.prompts.training))
     if looked_at == count or iteration == 1:
         return parts.prompts.of_iteration(iteration, count, seed)

@@ -172,11 +172,9 @@ def learn_target(parts: Parts, config: Config, reference: FrozenLLM, iteration: 
         parts.tolerate(f"{fault} in iteration {iteration}", config.guard, "its target is not used")
         parts.auxiliary.load_state_dict(before)
         return replace(target, usable=False)
-    if config.trainer.reference != "matched":  # the update brings its own
+    # A fresh one is the update's; `with_fresh_reference` says what bfloat16 has to do here.
+    if config.trainer.reference != "matched" or not reference.bf16:
         return target
-    # In bfloat16 the states that decoding leaves differ from those of a forward pass by 8e-4 nat a
-    # token, a third of the KL that is trained on; two forward passes differ by 2e-6 (SmolLM2-135M,
-    # two CPU cores). In float32 only the last bits differ, but a fresh reference has those.
     with parts.phases.during("reference"):
         rows_N = torch.arange(len(target.share_N), device=reference.device)
         own_N = rows_N.tensor_split(parts.world.size)[parts.world.rank]

@@ -9,7 +9,7 @@ from constrained_ft import checkpoint, equations, metrics, paired, phases, resul
 from constrained_ft.config import Config
 from constrained_ft.distributed import StopRequest, World
 from constrained_ft.errors import DivergedError
-from constrained_ft.finetune import rows_after_first_step, update_llm
+from constrained_ft.finetune import update_llm, with_fresh_reference
 from constrained_ft.loading import export, load_base
 from constrained_ft.machine import release_freed
 from constrained_ft.memory import memory_line, peak_memory
@@ -158,10 +158,7 @@ def _update(
         for _ in range(config.trainer.steps_per_iteration):
             parts.optimization.pass_step()
         return versions | {"update/skipped_steps": float(config.trainer.steps_per_iteration)}
-    if config.trainer.reference == "fresh":
-        with parts.phases.during("reference"):
-            rows_N = rows_after_first_step(target, config, iteration, parts.world)
-            target = target.with_reference(parts.llm.frozen(), rows_N)
+    target = with_fresh_reference(parts, target, config, iteration)
     with parts.phases.during("update"):
         try:
             row = update_llm(parts, target, config, iteration)

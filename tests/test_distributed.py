@@ -14,7 +14,7 @@ from torch import Tensor
 
 from constrained_ft import finetune, fit
 from constrained_ft.config import Config
-from constrained_ft.distributed import StopRequest, World, pack, unpack
+from constrained_ft.distributed import StopRequest, World, default_device, pack, unpack
 from constrained_ft.errors import CftError, DivergedError, Interrupted, PeerError, ScorerError
 from constrained_ft.finetune import backward_of_step, fault_of_step
 from constrained_ft.fit import Examples
@@ -22,6 +22,16 @@ from constrained_ft.heartbeat import Heartbeat
 from constrained_ft.parts import Parts, shard_llm
 from constrained_ft.randomness import seed_everything
 from constrained_ft.target import Target, learn_target
+
+
+def test_an_accelerator_without_float64_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    for name, used in (("mps", "cpu"), ("cuda", "cuda:0")):
+        found = torch.device(name)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda found=found: found)
+        assert str(default_device()) == used
+
 
 # What ranks run; spawned processes import it from here -------------------------------------------
 

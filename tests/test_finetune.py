@@ -19,13 +19,18 @@ from small import (
 from torch import Tensor
 from transformers import get_scheduler
 
-from constrained_ft import fused
+from constrained_ft import finetune, fused
 from constrained_ft.compose import compose
 from constrained_ft.config import TrainerConfig
 from constrained_ft.corpus import corpus_of
 from constrained_ft.encoding import Row
 from constrained_ft.errors import DivergedError
-from constrained_ft.finetune import backward_of_step, rows_after_first_step, update_llm
+from constrained_ft.finetune import (
+    backward_of_step,
+    rows_after_first_step,
+    update_llm,
+    with_fresh_reference,
+)
 from constrained_ft.llm import LLM
 from constrained_ft.optimization import build_optimization
 from constrained_ft.parts import Parts
@@ -320,6 +325,53 @@ def test_rollouts_of_later_steps_get_a_reference_and_those_of_the_first_need_non
     one = small_config("trainer.steps_per_iteration=1")
     assert len(rows_after_first_step(first, one, 2)) == 0
     assert equal_reference(first.with_reference(parts.llm.frozen(), rows_N[:0]), first)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_in_float32_what_sampling_left_is_the_fresh_reference(precision: str) -> None:
+    config = small_config(f"trainer.precision={precision}", "trainer.learning_rate=0.05")
+    parts = small_parts(config)
+    target = learn_target(parts, config, parts.llm.frozen(), 1)
+    before = parts.llm.slots.used
+    fresh = with_fresh_reference(parts, target, config, 1)
+    read = parts.llm.slots.used > before
+    assert read == (precision == "bf16")
+    rows_N = rows_after_first_step(target, config, 1)
+    passed = target.with_reference(parts.llm.frozen(), rows_N)
+    mask_NT = target.rollouts.mask_NT
+    gap_NTD = (fresh.reference.hidden_NTD - passed.reference.hidden_NTD)[mask_NT].abs()
+    assert gap_NTD.max() < 1e-5
+    if precision == "fp32":
+        update_llm(parts, target, config, 1)  # the LLM has moved on
+        before = parts.llm.slots.used
+        with_fresh_reference(parts, target, config, 2)
+        assert parts.llm.slots.used > before
+
+
+def test_without_a_corpus_a_step_still_takes_as_many_passes(
+    small: tuple[Parts, Target, TrainerConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, target, config = small
+    passes = 0
+    usual = finetune._losses_of_pass
+
+    def counted(*arguments: object) -> tuple[Tensor, Tensor]:
+        nonlocal passes
+        passes += 1
+        return usual(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(finetune, "_losses_of_pass", counted)
+    found, counts = [], []
+    for accumulated in (1, 3):
+        changes = {"corpus": False, "gradient_accumulation_steps": accumulated}
+        own = config.model_copy(update=changes)
+        rows_N = torch.arange(12)
+        parts.llm.module.zero_grad()
+        backward_of_step(parts.llm, target, rows_N, [[]], own, 4.0)
+        found.append({n: p.grad for n, p in parts.llm.trained_parameters().items()})
+        counts.append(passes)
+    assert counts == [1, 4]
+    close(found[1], found[0], 1e-5)
 
 
 def equal_reference(a: Target, b: Target) -> bool:
