@@ -9,7 +9,8 @@ the medians. The products of matrices are timed before and after: where they dif
 10 %, or something else kept the machine busy, the row counts for nothing. Each row is added to
 docs/benchmarks.jsonl and the table in docs/performance.md is written anew.
 
-On a GPU the model is one of random weights, so that nothing is downloaded: `--shape 0.5b|1.5b`.
+`--shape 0.5b|1.5b` measures the loss and the sampler on a model of random weights, for GPUs;
+nothing is downloaded for that.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from constrained_ft.compose import compose  # noqa: E402
 from constrained_ft.config import Config  # noqa: E402
 from constrained_ft.decoding import decode  # noqa: E402
 from constrained_ft.distributed import StopRequest, default_device  # noqa: E402
-from constrained_ft.finetune import backward_of_step, update_llm  # noqa: E402
+from constrained_ft.finetune import backward_of_step, update_llm, with_fresh_reference  # noqa: E402
 from constrained_ft.fused import Head, Tilt, chunk_rows_for, fused_losses  # noqa: E402
 from constrained_ft.llm import LLM  # noqa: E402
 from constrained_ft.loading import load_llm, load_tokenizer, plain_config  # noqa: E402
@@ -49,6 +50,7 @@ from constrained_ft.optimization import build_optimization  # noqa: E402
 from constrained_ft.parts import Parts, build_parts  # noqa: E402
 from constrained_ft.progress import Silent  # noqa: E402
 from constrained_ft.target import Target, learn_target  # noqa: E402
+from constrained_ft.tiny import byte_tokenizer  # noqa: E402
 
 ROUNDS = 5
 LARGEST_DRIFT = 0.1  # of the ceilings
@@ -60,7 +62,8 @@ PROMPTS, SAMPLES, NEW_TOKENS = 16, 16, 20
 SHAPES = {
     "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24},
     "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28},
-}
+}  # of Qwen2
+VOCABULARY = 151_936
 DEVICE = default_device()
 
 
@@ -75,11 +78,12 @@ def main() -> None:
     if options.peak:
         print(_peak_here(options.peak))
         return
-    unknown = set(options.groups) - set(GROUPS)
+    there_are = RANDOM if options.shape else tuple(GROUPS)
+    unknown = set(options.groups) - set(there_are)
     if unknown:
-        parser.error(f"no group {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
+        parser.error(f"no group {', '.join(sorted(unknown))}; there are {', '.join(there_are)}")
     if not options.render:
-        for group in options.groups or GROUPS:
+        for group in options.groups or there_are:
             for ratio in GROUPS[group](options.shape):
                 row = measure(ratio, options.shape)
                 print(json.dumps(row), flush=True)
@@ -216,9 +220,10 @@ def products(hidden: Tensor, head: Head, tilt: Tilt) -> None:
         torch.mm(z, head.weight_VD, out=gradient[part])
 
 
-def loss_rows(_: str | None) -> list[Ratio]:
+def loss_rows(shape: str | None) -> list[Ratio]:
     """Fused against dense, against its products, and their memory."""
-    inputs = loss_inputs(1024, 49_152, 768, 64)
+    size, width = (VOCABULARY, SHAPES[shape]["hidden_size"]) if shape else (49_152, 768)
+    inputs = loss_inputs(1024, size, width, 64)
     return [
         Ratio(
             name="loss / autograd on dense logits",
@@ -264,14 +269,13 @@ def _peak_here(which: str) -> int:
 
 
 def random_model(shape: str, config: Config, *, precision: str) -> LLM:
-    """Random weights of a known size behind the default tokenizer."""
-    tokenizer = load_tokenizer(config.llm)
+    """Random weights of a known size."""
     sizes = {"num_attention_heads": 14 if shape == "0.5b" else 12, "num_key_value_heads": 2}
-    settings_ = Qwen2Config(**SHAPES[shape], **sizes, vocab_size=len(tokenizer))
+    settings_ = Qwen2Config(**SHAPES[shape], **sizes, vocab_size=VOCABULARY)
     module = Qwen2ForCausalLM(settings_).to(torch.bfloat16).to(DEVICE)  # type: ignore[arg-type]
     module.requires_grad_(requires_grad=False)
     bf16 = precision == "bf16"
-    return LLM(module, tokenizer, config=config.llm, peft_model=None, bf16=bf16)
+    return LLM(module, byte_tokenizer(), config=config.llm, peft_model=None, bf16=bf16)
 
 
 def sampling_rows(shape: str | None) -> list[Ratio]:
@@ -412,7 +416,8 @@ def _iteration_row(parts: Parts, config: Config, target: Target) -> Ratio:
     def ours() -> None:
         number[0] += 1
         learned = learn_target(parts, config, parts.llm.frozen(), number[0])
-        update_llm(parts, learned, config, 1)
+        learned = with_fresh_reference(parts, learned, config, number[0])
+        update_llm(parts, learned, config, number[0])
 
     rollouts = config.trainer.rollouts_per_step
     prompt = max(map(len, texts))
@@ -458,6 +463,8 @@ GROUPS: dict[str, Callable[[str | None], list[Ratio]]] = {
     "service": service_rows,
     "history": history_rows,
 }
+RANDOM = ("loss", "sampling")
+"""Groups that a model of random weights is enough for."""
 
 
 def render() -> None:
