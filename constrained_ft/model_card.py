@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from constrained_ft import results
-from constrained_ft.config import Config, SourceConfig
+from constrained_ft.config import Config, SourceConfig, TrainerConfig
 from constrained_ft.loading import TINY
 from constrained_ft.resources import WHEEL
 from constrained_ft.results import Evaluation
@@ -19,6 +19,12 @@ from constrained_ft.sources import sources_of
 
 _PACKAGES = ("constrained-ft", "torch", "transformers", "peft")
 _TOO_LONG = 80  # characters of a source's name
+_DIVERGENCES = {
+    "forward_kl": "KL",
+    "reverse_kl": "reverse KL",
+    "jsd": "Jensen-Shannon divergence",
+    "tv": "total variation distance",
+}
 
 
 def write_cards(folders: Sequence[Path], evaluations: Sequence[Evaluation], config: Config) -> None:
@@ -46,19 +52,6 @@ def model_card(
     columns, rows = results.table(evaluations)
     weights = "all weights" if config.llm.lora is None else f"LoRA of rank {config.llm.lora.r}"
     steps = trainer.iterations * trainer.steps_per_iteration
-    if trainer.is_plain:
-        aim = "Nothing but the corpus pulled on it; the constraint was only measured."
-    elif trainer.trl is not None:
-        aim = (
-            f"Beside the corpus, {trainer.trl.algorithm.upper()} of TRL trained it "
-            f"towards the constraint (weight {trainer.trl.weight:g}, beta {trainer.trl.beta:g})."
-        )
-    else:
-        aim = (
-            f"Beside the corpus, the KL to the closest distribution that satisfies the constraint "
-            f"was lowered (lambda {trainer.kl_weight:g}, {trainer.schedule}; Meng et al. 2024, "
-            "arXiv:2410.05559)."
-        )
     asked = [
         f"- {name}: {term.scorer.kind}, satisfied at {term.satisfied_at:g}, asked for in "
         f"{term.threshold:.0%} of completions, {term.labels} labels"
@@ -75,7 +68,7 @@ def model_card(
         f"# {config.name}",
         "",
         f"{_short(config.llm.model_name_or_path)}, fine-tuned under a constraint ({weights}).",
-        aim,
+        _aim(trainer),
         "",
         *([] if form is None else _use(config, form)),
         "## Data",
@@ -120,6 +113,29 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _aim(trainer: TrainerConfig) -> str:
+    """What pulled on the model."""
+    filtered = " Corpus rows that violate the constraint were left out." * trainer.filter_corpus
+    if trainer.is_plain:
+        return f"Nothing but the corpus pulled on it; the constraint was only measured.{filtered}"
+    if trainer.trl is not None:
+        return (
+            f"Beside the corpus, {trainer.trl.algorithm.upper()} of TRL trained it towards the "
+            f"constraint (weight {trainer.trl.weight:g}, beta {trainer.trl.beta:g}).{filtered}"
+        )
+    facts = f"lambda {trainer.kl_weight:g}, {trainer.schedule}"
+    if trainer.divergence == "accepted":
+        return (
+            "Beside the corpus, it was trained on completions of its own in proportion to their "
+            f"labels (rejection sampling; {facts}).{filtered}"
+        )
+    return (
+        f"Beside the corpus, the {_DIVERGENCES[trainer.divergence]} to the closest distribution "
+        f"that satisfies the constraint was lowered ({facts}; Meng et al. 2024, "
+        f"arXiv:2410.05559).{filtered}"
+    )
 
 
 def base_on_a_hub(config: Config) -> str | None:

@@ -165,13 +165,16 @@ def table(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]
     for name in evaluations[0].perplexity:
         known = [one.perplexity.get(name) for one in evaluations]
         add(f"perplexity, held-out {name}", [one.plain() if one else "–" for one in known])
+    first = evaluations[0].model
+    # Of folders that no run made, the first is the one that the others are held against.
+    base = "the base" if first.startswith("base") else first
     for name in evaluations[0].said_perplexity:
-        under = "the base" if name == "base" else "another model"
+        under = base if name == "base" else "another model"
         cells = [one.said_perplexity[name].plain() for one in evaluations]
         add(f"perplexity of completions under {under}", cells)
     rows += benchmark_rows([one.benchmarks for one in evaluations])
     kls = ["–" if one.kl_to_base is None else f"{one.kl_to_base:.3f}" for one in evaluations]
-    add("KL to the base, nats a token", kls)
+    add(f"KL to {base}, nats a token", kls)
     for detector in dict.fromkeys(name for one in evaluations for name in one.detection):
         rows += _detection_rows(detector, [one.detection.get(detector) for one in evaluations])
     return columns, rows

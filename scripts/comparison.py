@@ -14,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "docs" / "results.jsonl"
 ITERATIONS = 30
-AS_LONG = 80  # iterations of plain training that take about the time of so many of cft
+AS_LONG = 80  # iterations of plain training, which take longer than so many of cft
 GLANCE = ["evaluation.max_prompts=16", "evaluation.samples_per_prompt=4"]
 MEASURE = ["--samples-per-prompt", "12", "--max-prompts", "160"]
 
@@ -95,17 +95,27 @@ MAIN = (
     CFT_ROW,
     PLAIN,
     FILTERED,
-    Method(name="rejection", overrides=("trainer=rejection",), seeds=3),
+    Method(
+        name="rejection",
+        overrides=("trainer=rejection",),
+        seeds=3,
+        note="learns from its accepted completions; prompts are mined as cft's are",
+    ),
 )
 OTHERS = (
     Method(name="overlapped", overrides=("trainer=overlapped",), note="cft, the other schedule"),
     Method(
         name="grpo",
         overrides=("trainer=grpo", "trainer.trl.weight=10"),
-        note="TRL's, its reward weighed 10 beside the corpus; its sampler is not timed apart",
+        note="TRL's, weighed 10 beside the corpus, prompts as they come; its sampler is not timed "
+        "apart",
     ),
-    Method(name="rloo", overrides=("trainer=rloo",), note="TRL's"),
-    Method(name="kto", overrides=("trainer=kto",), note="TRL's"),
+    Method(name="rloo", overrides=("trainer=rloo",), note="TRL's, prompts as they come"),
+    Method(
+        name="kto",
+        overrides=("trainer=kto",),
+        note="TRL's, prompts as they come; it samples before the first step and is not timed apart",
+    ),
     Method(
         name="cft-filtered",
         overrides=("trainer.filter_corpus=true",),
@@ -115,13 +125,13 @@ OTHERS = (
         name="filtered-longer",
         overrides=("trainer=filtered",),
         iterations=AS_LONG,
-        note="filtered, for about as many seconds as cft",
+        note="filtered, for more seconds than cft",
     ),
     Method(
         name="sft-longer",
         overrides=("trainer=sft",),
         iterations=AS_LONG,
-        note="sft, for about as many seconds as cft",
+        note="sft, for more seconds than cft",
     ),
     Method(name="lambda-4", overrides=("trainer.kl_weight=4",)),
     Method(name="lambda-40", overrides=("trainer.kl_weight=40",)),
@@ -143,7 +153,7 @@ ABLATIONS = (
     Method(name="head", overrides=("auxiliary=head",), note="R: a low-rank head"),
     Method(name="transformer", overrides=("auxiliary=transformer",), note="R: two layers"),
     Method(name="accepted-prefixes", overrides=("trainer.prefixes=accepted",)),
-    Method(name="no-mining", overrides=("prompts.candidates=1",)),
+    Method(name="no-mining", overrides=("prompts.candidates=1",), note="cft, prompts as they come"),
 )
 
 

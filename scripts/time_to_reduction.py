@@ -268,6 +268,13 @@ def page(tree: Mapping[str, Any]) -> Iterator[str]:
         f"{base.perplexity:.2f}. Half: {base.violation / 2:.1%}."
     )
     yield ""
+    counts_of = {
+        method: [len({name.split("-seed")[part] for name in found}) for part in (0, 1)]
+        for method, found in tree["trials"].items()
+    }
+    said = [f"{method} {tried} and {seeds}" for method, (tried, seeds) in counts_of.items()]
+    yield f"Settings that were tried, and seeds of the quickest: {', '.join(said)}."
+    yield ""
     yield (
         "| trial | seconds | scored completions | other scored texts | trained tokens | perplexity "
         "| tokens of a completion |"

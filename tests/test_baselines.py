@@ -11,6 +11,7 @@ from constrained_ft import metrics
 from constrained_ft.compose import compose
 from constrained_ft.errors import DataError
 from constrained_ft.finetune import backward_of_step
+from constrained_ft.model_card import _aim
 from constrained_ft.target import learn_target
 
 SHORT = (
@@ -94,6 +95,19 @@ def test_rejection_is_the_cross_entropy_of_what_was_accepted() -> None:
     assert any(gradient.abs().max() > 1e-4 for gradient in wanted.values())
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_a_model_card_says_what_pulled_on_the_model() -> None:
+    said = {
+        ("trainer=sft",): "Nothing but the corpus pulled on it; the constraint was only measured.",
+        ("trainer=filtered",): "only measured. Corpus rows that violate the constraint were left",
+        ("trainer=rejection",): "trained on completions of its own in proportion to their labels",
+        ("trainer=grpo",): "GRPO of TRL trained it towards the constraint",
+        (): "the KL to the closest distribution that satisfies the constraint was lowered",
+        ("trainer.divergence=jsd", "trainer.filter_corpus=true"): "the Jensen-Shannon divergence",
+    }
+    for overrides, words in said.items():
+        assert words in _aim(compose(list(overrides)).trainer)
 
 
 @pytest.mark.parametrize("name", ["sft", "filtered", "rejection"])
