@@ -1,5 +1,6 @@
 """`cft train --dry-run`: what an iteration is predicted to take."""
 
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from constrained_ft.cli.settings import settings
@@ -10,25 +11,38 @@ if TYPE_CHECKING:
     from constrained_ft.config import Config
     from constrained_ft.prediction import Phase, Prediction
 
-__all__ = ["show_prediction"]
+__all__ = ["PaperDevice", "show_prediction"]
 
 _COLUMNS = ["", "seconds", "mostly", "sent by a rank"]
 
 
-def show_prediction(config: "Config", processes: Processes) -> None:
-    """Seconds, memory and traffic of an iteration, or why they are not predicted."""
+class PaperDevice(StrEnum):
+    """The devices of `prediction.DEVICES`."""
+
+    h100 = "h100"
+    a100 = "a100"
+
+
+def show_prediction(config: "Config", processes: Processes, on: PaperDevice | None = None) -> None:
+    """Seconds, memory and traffic of an iteration, or why they are not predicted.
+
+    Args:
+        config: the whole run.
+        processes: how many.
+        on: a device that is not here; None is what is.
+    """
     if settings.quiet:
         return
     from constrained_ft.cli.display import make_display
 
     settings.prepare_libraries()
-    from constrained_ft.prediction import sentence
+    from constrained_ft.prediction import DEVICES, sentence
     from constrained_ft.sizing import assumed_lengths, predict_run, this_device
 
     lengths = assumed_lengths(config)
     with make_display(settings.console()) as display:
         try:
-            device = this_device(processes.per_node)
+            device = this_device(processes.per_node) if on is None else DEVICES[on]
             found = predict_run(config, processes.total, device, lengths)
         except CftError as error:
             display.note(f"what it takes is not predicted: {error}")
@@ -36,6 +50,8 @@ def show_prediction(config: "Config", processes: Processes) -> None:
         many = f"{processes.total} processes" if processes.total > 1 else "1 process"
         display.table(f"One iteration, predicted: {many} on {device.name}", _COLUMNS, _rows(found))
         display.note(sentence(found))
+        if on is not None:
+            display.note("by numbers of data sheets and an assumed share of them; it was not run")
         display.note(
             f"counted with prompts of {lengths.prompt:g} tokens, completions of "
             f"{lengths.completion:g} and corpus rows of {lengths.row:g}, without scoring and "

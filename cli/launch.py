@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from constrained_ft.cli.completion import complete_override
-from constrained_ft.cli.dry_run import show_prediction
+from constrained_ft.cli.dry_run import PaperDevice, show_prediction
 from constrained_ft.cli.outcome import record
 from constrained_ft.cli.settings import settings
 from constrained_ft.cli.torchrun import Processes, run_processes
@@ -130,6 +130,13 @@ def train(
             "--dry-run", help="Check and show the configuration and its cost; start nothing."
         ),
     ] = False,
+    on: Annotated[
+        PaperDevice | None,
+        typer.Option(
+            "--on",
+            help="With --dry-run: the cost on these GPUs, by data sheet; none has to be here.",
+        ),
+    ] = None,
     resume: Annotated[
         str,
         typer.Option(
@@ -235,6 +242,8 @@ def train(
         nproc=nproc_per_node,
     )
     _refuse_contradictions(request, multirun=multirun)
+    if on is not None and (multirun or slurm is not None or not dry_run):
+        raise ConfigError("--on says where --dry-run predicts the cost of one run; add --dry-run")
     if slurm is not None:
         from constrained_ft.cli.slurm import submit
 
@@ -253,7 +262,7 @@ def train(
         shown = request.config()
         request.check(shown)
         _show(shown)
-        show_prediction(shown, request.processes)
+        show_prediction(shown, request.processes, on)
         return
     if request.processes.node_rank > 0:
         _join_first_machine(request)

@@ -158,6 +158,8 @@ class Demand:
     """Operations started."""
     sent: Number = 0.0
     """Bytes sent between devices."""
+    spread: Number = 0.0
+    """The same of weights and gradients of which each rank has a part."""
     told: Number = 0.0
     """Bytes sent between CPUs."""
     meetings: Number = 0.0
@@ -288,7 +290,7 @@ def sampling(shape: Shape, work: Work, layout: Layout) -> Demand:
         + forward(shape, work, rows * (work.new_tokens - 1), context, steps)
         + vocabulary(shape, work, rows * work.new_tokens, products=1, passes=_SAMPLED)
         + Demand(read=rows * (work.new_tokens - 1) * cache)
-        + _gathered(shape, layout, 1)
+        + (NOTHING if layout.peers else _fetched(layout, copy_bytes(shape, work)))
     )
     if ranks == 1:
         return found
@@ -300,12 +302,26 @@ def packet(shape: Shape, work: Work) -> Number:
     return work.rollouts * work.new_tokens * (shape.hidden * work.state_bytes + 9)
 
 
-def _gathered(shape: Shape, layout: Layout, passes: Number) -> Demand:
-    """Weights that are spread over the ranks, sent to all so many times."""
-    if layout.sharding == "none" or layout.ranks == 1:
-        return NOTHING
-    volume = shape.parameters * (2.0 if shape.adapters else 4.0)
-    return Demand(sent=passes * volume * (layout.ranks - 1) / layout.ranks)
+def shards(layout: Layout) -> int:
+    """Among how many ranks weights and what trains them are divided: those that update."""
+    return layout.updaters if layout.sharding == "fsdp2" else 1
+
+
+def _fetched(layout: Layout, volume: Number) -> Demand:
+    """Bytes that are divided among the ranks, sent to all of them."""
+    count = shards(layout)
+    return Demand(spread=volume * (count - 1) / count)
+
+
+def stored(shape: Shape, work: Work) -> int:
+    """Bytes of a weight: frozen ones are kept as they are multiplied."""
+    return work.state_bytes if shape.adapters else 4
+
+
+def copy_bytes(shape: Shape, work: Work) -> Number:
+    """Bytes of a copy of all weights that is not trained."""
+    rest = shape.parameters - shape.products
+    return work.state_bytes * shape.products + stored(shape, work) * rest
 
 
 def scoring(work: Work, layout: Layout) -> Demand:
@@ -341,15 +357,20 @@ def target(shape: Shape, work: Work, layout: Layout) -> Demand:
 
 
 def reference(shape: Shape, work: Work, layout: Layout) -> Demand:
-    """The states of a frozen LLM at the prefixes that the update reads."""
-    if not work.learns or work.reference == "live":
-        return NOTHING
+    """The states of a frozen LLM at the prefixes that the update reads.
+
+    In float32 they are those that sampling left, unless the LLM has moved on since.
+    """
     fresh = work.reference == "fresh"
+    at_hand = not work.bf16 and not (fresh and layout.overlapped)
+    if not work.learns or work.reference == "live" or at_hand:
+        return NOTHING
     ranks = layout.updaters if fresh else layout.learners
     read = work.used * ((work.steps - 1) / work.steps if fresh else 1)
     own = read / ranks
     found = forward(shape, work, *tree_tokens(work, own), math.ceil(own / 32))
-    found += _gathered(shape, layout, 1)
+    if fresh or not layout.peers:  # peers have whole weights
+        found += _fetched(layout, copy_bytes(shape, work))
     if fresh or ranks == 1:
         return found
     return found + Demand(told=(ranks - 1) / ranks * packet(shape, work), meetings=1)
@@ -397,14 +418,9 @@ def _exchange(shape: Shape, work: Work, layout: Layout) -> Demand:
     if layout.sharding == "none":
         each = Demand(sent=_ring(share, ranks), meetings=2)
     else:
-        each = Demand(sent=work.passes(ranks) * share * (ranks - 1) / ranks, meetings=2)
-        each += _gathered(shape, layout, 2 * work.passes(ranks))
+        passes, weights = work.passes(ranks), stored(shape, work) * shape.parameters
+        each = _fetched(layout, passes * (share + 2 * weights)) + Demand(meetings=2)
     return each.times(work.steps)
-
-
-def shards(layout: Layout) -> int:
-    """Among how many ranks weights and what trains them are divided."""
-    return layout.ranks if layout.sharding == "fsdp2" else 1
 
 
 def hand_over(shape: Shape, work: Work, layout: Layout) -> Demand:
@@ -412,4 +428,5 @@ def hand_over(shape: Shape, work: Work, layout: Layout) -> Demand:
     if not layout.peers:
         return NOTHING
     states = 4.0 * (2 * shape.hidden * work.rank + shape.vocabulary)
-    return Demand(sent=4.0 * shape.trained, told=packet(shape, work) + states, meetings=4)
+    over = Demand(sent=4.0 * shape.trained, told=packet(shape, work) + states, meetings=4)
+    return over + _fetched(layout, 4.0 * shape.trained)

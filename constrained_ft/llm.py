@@ -8,7 +8,7 @@ The trunk (everything below the output head) runs in the trunk's precision; the 
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from constrained_ft.config import LLMConfig
 from constrained_ft.distributed import World
@@ -203,6 +204,7 @@ class LLM:
         takes = inspect.signature(self.trunk.forward).parameters
         self.cache_keyword = "cache" if "cache" in takes else "past_key_values"
         self._root: Root | None = None
+        self._world = World.alone()  # who shares the weights
         self._still = False  # whole weights that nothing trains meanwhile
         head = _head_of(module)
         self._frozen_head = None if head.weight_VD.requires_grad else head
@@ -236,7 +238,7 @@ class LLM:
 
     def shard(self, world: World) -> None:
         """Divide the weights among ranks, each of which has to do this; before an optimizer."""
-        self._root = divide_weights(self.module, world)
+        self._root, self._world = divide_weights(self.module, world), world
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -248,7 +250,8 @@ class LLM:
         if root is None:
             yield
             return
-        whole = {n: gathered(p.detach()) for n, p in root.module.named_parameters()}
+        with self._world.together():
+            whole = {n: gathered(p.detach()) for n, p in root.module.named_parameters()}
         put_weights(self.module, whole)
         self._root, self._still = None, True
         try:
@@ -256,6 +259,10 @@ class LLM:
         finally:
             remove_weights(self.module)
             self._root, self._still = root, False
+
+    def _together(self) -> AbstractContextManager[None]:
+        """For what gathers weights: ranks that share them begin it together, or learn why not."""
+        return self._world.together() if self.is_sharded else nullcontext()
 
     def inside(self, compute: Callable[[], Found]) -> Found:
         """Compute a loss with the live weights; see `sharding.Root`."""
@@ -352,37 +359,68 @@ class LLM:
         return {n: p for n, p in self._live.named_parameters() if p.requires_grad}
 
     def whole_trained(self) -> dict[str, Tensor]:
-        """The same whole, on every rank; all that share the weights have to ask."""
-        return {n: gathered(p.detach()) for n, p in self.trained_parameters().items()}
+        """The same whole, on every rank; all that share the weights have to ask.
+
+        Raises:
+            CftError: what another one of them failed with meanwhile.
+        """
+        with self._together():
+            return {n: gathered(p.detach()) for n, p in self.trained_parameters().items()}
 
     def frozen(self) -> FrozenLLM:
-        """A frozen copy of the LLM as it is now; all ranks that share the weights make it."""
-        # Autocast would round adapters to the trunk's type again in every product.
-        rounds = self._bf16 and self.peft_model is not None
-        copies = not (self.is_sharded or self._still)
-        trained = {
-            name: tensor.to(torch.bfloat16 if rounds and trains else tensor.dtype, copy=copies)
-            for name, tensor, trains in self._own_of_trunk()
-        }
-        live = self.class_head
-        class_head = None if live is None else gathered(live.detach()).clone()
+        """A frozen copy of the LLM as it is now; all ranks that share the weights make it.
+
+        Raises:
+            CftError: what another one of them failed with meanwhile.
+        """
+        copies, types = not (self.is_sharded or self._still), self._types_of_copy()
+        with self._together():
+            trained = {
+                name: gathered(tensor.to(types[name], copy=copies))
+                for name, tensor, _ in self._own_of_trunk()
+            }
+            live = self.class_head
+            class_head = None if live is None else gathered(live.detach()).clone()
+            head = self._whole_head()
         if class_head is not None and not class_head.any():
             class_head = None  # a new one: it says nothing yet
-        return FrozenLLM(self, trained, self._whole_head(), class_head)
+        return FrozenLLM(self, trained, head, class_head)
 
     def without_adapters(self) -> FrozenLLM:
         """The model that the adapters were put on, where adapters are trained."""
         own = {
-            name: torch.zeros_like(tensor) if trains else tensor
+            name: torch.zeros_like(tensor) if trains else gathered(tensor)
             for name, tensor, trains in self._own_of_trunk()
         }
         return FrozenLLM(self, own, self._whole_head())
 
+    def copied_bytes(self) -> int:
+        """What a frozen copy takes, but for its head."""
+        types = self._types_of_copy()
+        own = self._live.base_model.named_parameters()
+        kept = {n: p.numel() for n, p in own if p.requires_grad or self.is_sharded}
+        return sum(count * types[name].itemsize for name, count in kept.items())
+
+    def _types_of_copy(self) -> dict[str, torch.dtype]:
+        """By name, how a frozen copy keeps the trunk's tensors.
+
+        What linear layers multiply is rounded once: autocast would do so in every product. Of
+        whole weights that stand still a copy has nothing of its own but adapters.
+        """
+        trunk = self._live.base_model
+        layers = [part for part in trunk.modules() if isinstance(part, nn.Linear | Conv1D)]
+        rounds = self._bf16 and not (self._still and self.peft_model is None)
+        linear = {id(p) for part in layers for p in part.parameters(recurse=False) if rounds}
+        return {
+            name: torch.bfloat16 if id(parameter) in linear else parameter.dtype
+            for name, parameter in trunk.named_parameters()
+        }
+
     def _own_of_trunk(self) -> Iterator[tuple[str, Tensor, bool]]:
-        """What a frozen copy does not share: names, whole tensors, and whether they are trained."""
+        """What a frozen copy does not share: names, tensors, and whether they are trained."""
         for name, parameter in self._live.base_model.named_parameters():
             if parameter.requires_grad or self.is_sharded:
-                yield name, gathered(parameter.detach()), parameter.requires_grad
+                yield name, parameter.detach(), parameter.requires_grad
 
     def _whole_head(self) -> Head:
         head = self.head.frozen()

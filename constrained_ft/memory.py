@@ -20,7 +20,7 @@ from constrained_ft.sharding import own_part
 
 _SAMPLING_BUFFERS = 4  # float32 tensors of [rows, vocabulary] when a token is drawn
 _TREES, _TREE_TOKENS = 8, 32  # of the pass whose activations are counted
-_PREPARED = 2**27  # products of other shapes that a CPU's library keeps ready: 0 to 0.3 GiB here
+_PREPARED = 2**27  # bfloat16 products of other shapes that oneDNN keeps ready: 0 to 0.3 GiB here
 _USABLE = 0.8  # of the spare memory: estimates err
 _MAXRSS_BYTES = 1 if sys.platform == "darwin" else 2**10  # the unit of ru_maxrss
 
@@ -85,11 +85,10 @@ def estimate_memory(
     # The base model's completions hardly end before the last token. Once they do, rows are taken
     # out of the cache, which copies what stays.
     again = evaluation + _cache_bytes(llm, config) if evaluation else 0
-    whole = _whole_bytes(llm)
-    others = held + max(again, whole + _sampling_bytes(llm, config), whole + _export_bytes(llm))
-    # What samples is a copy of what is trained; measuring the fine-tuned model needs two.
-    others += 4 * _num_trained(llm)
-    prepared = _PREPARED if llm.device.type == "cpu" else 0
+    others = max(again, _sampling_bytes(llm, config), _whole_bytes(llm) + _export_bytes(llm))
+    # What samples is a frozen copy; measuring the fine-tuned model needs two.
+    others += held + _copy_bytes(llm)
+    prepared = _PREPARED if llm.device.type == "cpu" and llm.bf16 else 0
     peak = _training_bytes(llm, config) + prepared + max(update, others)
     return max(peak, peak_memory(llm.device) or 0)
 
@@ -166,13 +165,16 @@ def _num_trained(llm: LLM) -> int:
     return sum(parameter.numel() for parameter in llm.trained_parameters().values())
 
 
+def _copy_bytes(llm: LLM) -> int:
+    """A frozen copy of what is trained, or of all weights where this rank has a part of them."""
+    head: int = llm.head.weight_VD.numel() * 4 * llm.is_sharded  # gathered by itself, tied or not
+    return llm.copied_bytes() + head
+
+
 def _whole_bytes(llm: LLM) -> int:
-    """Whole weights, for what samples, where this rank has a part of them."""
-    if not llm.is_sharded:
-        return 0
-    trunk = sum(p.numel() * p.element_size() for p in llm.module.base_model.parameters())
-    head: int = llm.head.weight_VD.numel() * 4  # gathered by itself, tied or not
-    return trunk + head
+    """Whole weights, for what is exported, where this rank has a part of them."""
+    weights = (p.numel() * p.element_size() for p in llm.module.parameters())
+    return sum(weights) * llm.is_sharded
 
 
 def _update_bytes(llm: LLM, prompts: Prompts, config: Config) -> int:

@@ -50,6 +50,8 @@ class Device:
     per_node: int
     meeting: Number
     """Seconds for each rank of a group until all have agreed to exchange something."""
+    shard_link: Number = math.inf
+    """Bytes a second that a rank sends of shards, at most: CPUs copy them several times."""
     libraries: Number = 0.0
     """Bytes of a process that computes nothing."""
     unused: Number = 0.0
@@ -127,14 +129,15 @@ def spend(demand: Demand, device: Device, work: Work, phase: str, ranks: int) ->
     }
     calls = demand.calls * device.call
     parts["calls"] = max(calls - sum(parts.values()), 0.0) if device.asynchronous else calls
+    bus = device.bus(ranks)
     parts |= {
-        "link": demand.sent / device.bus(ranks),
+        "link": demand.sent / bus + demand.spread / min(bus, device.shard_link),
         "host": demand.told / device.host_link,
         "meetings": demand.meetings * ranks * device.meeting,
         "service": demand.waited,
     }
     seconds = {name: value for name, value in parts.items() if value > 0}
-    return Phase(seconds=seconds, sent=demand.sent + demand.told)
+    return Phase(seconds=seconds, sent=demand.sent + demand.spread + demand.told)
 
 
 def predict(shape: Shape, work: Work, layout: Layout, device: Device) -> Prediction:
@@ -242,9 +245,9 @@ def activations(shape: Shape, work: Work, context: Number) -> Number:
 def memory(shape: Shape, work: Work, layout: Layout, device: Device) -> dict[str, Number]:
     """Bytes at the peak of a rank that updates, by what takes them."""
     shards = cost.shards(layout)
-    base = 2.0 if shape.adapters and work.bf16 else 4.0
+    base = cost.stored(shape, work)
     size, width = shape.vocabulary, shape.hidden
-    head = 4.0 * size * width * (base == 2.0)
+    head = 4.0 * size * width * (base == 2)
     rollouts = work.kept * cost.packet(shape, work)
     said, tree = cost.tree_tokens(work, work.used / work.steps / layout.updaters)
     corpus = work.rows * work.row_tokens / layout.updaters
@@ -254,7 +257,7 @@ def memory(shape: Shape, work: Work, layout: Layout, device: Device) -> dict[str
     chunk = max(_CHUNK_BYTES // (8 * size), _FEWEST_ROWS[device.asynchronous])
     updating = {
         # Weights that are not stored in bfloat16 are kept in it from the forward pass on.
-        "cast weights": 2.0 * shape.products * (work.bf16 and base == 4.0),
+        "cast weights": 2.0 * shape.products * (work.bf16 and base == 4),
         "activations": tokens * activations(shape, work, seen),
         "logits": 4.0 * _LOSS_BUFFERS[device.asynchronous] * chunk * size,
     }
@@ -273,8 +276,9 @@ def memory(shape: Shape, work: Work, layout: Layout, device: Device) -> dict[str
     fetched = shape.parameters - shape.products * (1 - 1 / shape.layers)
     updating["fetched"] = (base + 8.0 * (shape.adapters == 0)) * fetched * (shards > 1)
     updating["reference's head"] = 4.0 * size * width * (shape.adapters == 0)
-    sampled["frozen copy"] = 4.0 * shape.trained * (shards == 1)
-    sampled["whole weights"] = base * shape.parameters * (shards > 1)
+    copied = cost.copy_bytes(shape, work)
+    own = work.state_bytes * shape.adapters if shape.adapters and shards == 1 else copied
+    sampled["frozen copy"] = own
     last = max((updating, sampled), key=lambda one: sum(one.values()))
     kept = {
         "libraries": device.libraries,

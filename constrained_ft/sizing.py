@@ -27,6 +27,7 @@ _ROUNDS = 5
 _CALLS = 300
 _STATES = 2**20  # numbers of a tensor between products, which a cache may hold
 _LOOPBACK, _LOOPBACK_TOLD, _MEETING = 1.0e9, 2.4e9, 1.0e-3  # of gloo between two processes
+_LOOPBACK_SHARDS = 0.25e9  # of fully_shard and gloo together
 
 REACHED = {
     "mining": 0.472,
@@ -79,7 +80,7 @@ def predict_run(config: Config, ranks: int, device: Device, lengths: Lengths) ->
     overlapped = config.trainer.schedule == "overlapped"
     sharding = config.trainer.sharding
     layout = Layout(ranks=ranks, peers=peers, overlapped=overlapped, sharding=sharding)
-    work = work_of(config, lengths, layout.updaters)
+    work = work_of(config, lengths, layout.updaters, on_paper=device in DEVICES.values())
     return predict(shape_of(config.llm), work, layout, device)
 
 
@@ -185,13 +186,14 @@ def _first(facts: Mapping[str, Any], *names: str) -> int:
 # The work.
 
 
-def work_of(config: Config, lengths: Lengths, updaters: int) -> Work:
+def work_of(config: Config, lengths: Lengths, updaters: int, *, on_paper: bool = False) -> Work:
     """One iteration in numbers, once R is fitted to as many as it replays.
 
     Args:
         config: the whole run.
         lengths: of its texts.
         updaters: ranks with corpus rows of their own.
+        on_paper: for a GPU that multiplies bfloat16 fast, whatever is here.
 
     Raises:
         ConfigError: for runs that the cost model does not know.
@@ -211,7 +213,13 @@ def work_of(config: Config, lengths: Lengths, updaters: int) -> Work:
         if found:
             raise ConfigError(f"the cost of {name} is not known")
     passes = trainer.gradient_accumulation_steps
-    bf16 = wants_bf16(trainer.precision, tiny=config.llm.model_name_or_path.startswith(_TINY))
+    tiny, on_gpu = config.llm.model_name_or_path.startswith(_TINY), default_device().type != "cpu"
+    bf16 = wants_bf16(trainer.precision, tiny=tiny)
+    if on_paper:
+        bf16, on_gpu = (
+            trainer.precision == "bf16" or (trainer.precision == "auto" and not tiny),
+            True,
+        )
     frozen_bf16 = config.llm.lora is not None and (
         config.llm.dtype == "bfloat16" or (config.llm.dtype == "auto" and bf16)
     )
@@ -238,7 +246,7 @@ def work_of(config: Config, lengths: Lengths, updaters: int) -> Work:
         examples=(1 - fit.validation_share) * (fit.replay_iterations + 1),
         kept=fit.replay_iterations + 2,
         bf16=bf16,
-        wide_head=not frozen_bf16 or default_device().type != "cpu",
+        wide_head=not frozen_bf16 or on_gpu,
         checkpoints=config.llm.gradient_checkpointing is True,
     )
 
@@ -305,6 +313,7 @@ def cpu(
         host_link=_LOOPBACK_TOLD,
         per_node=per_node,
         meeting=_MEETING,
+        shard_link=_LOOPBACK_SHARDS,
         libraries=_LIBRARIES,
         unused=unused,
         efficiency=reached,

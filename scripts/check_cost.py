@@ -38,7 +38,7 @@ from constrained_ft import sizing  # noqa: E402
 from constrained_ft.compose import compose  # noqa: E402
 from constrained_ft.cost import Layout, Shape, Work  # noqa: E402
 from constrained_ft.distributed import StopRequest, World, join  # noqa: E402
-from constrained_ft.finetune import corpus_rows, rows_after_first_step, update_llm  # noqa: E402
+from constrained_ft.finetune import corpus_rows, update_llm, with_fresh_reference  # noqa: E402
 from constrained_ft.machine import processor, release_freed  # noqa: E402
 from constrained_ft.memory import forget_peak, recent_peak  # noqa: E402
 from constrained_ft.parts import build_parts, shard_llm  # noqa: E402
@@ -61,7 +61,6 @@ ROWS_FILE, PAGE = ROOT / "docs" / "scaling.jsonl", ROOT / "docs" / "scaling.md"
 WARM, MEASURED = 1, 2
 FITTED = "default"
 PHASES = ("mining", "sampling", "auxiliary", "target", "reference", "update")
-LARGEST_DRIFT = 0.1
 CLOCKS = {"wall": time.monotonic, "cpu": time.process_time}
 
 SHORT = (
@@ -262,9 +261,7 @@ def run_case(name: str, small: str, clock: str) -> dict[str, Any]:
         if iteration == WARM + 1:
             parts.phases = Phases(parts.llm.slots, ticks)
         target = learn_target(parts, config, parts.llm.frozen(), iteration)
-        with parts.phases.during("reference"):
-            rows_N = rows_after_first_step(target, config, iteration, world)
-            target = target.with_reference(parts.llm.frozen(), rows_N)
+        target = with_fresh_reference(parts, target, config, iteration)
         with parts.phases.during("update"):
             update_llm(parts, target, config, iteration)
         said = parts.replay[0].rollouts

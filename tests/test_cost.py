@@ -57,6 +57,7 @@ RESOURCES = (
     "link",
     "network",
     "host_link",
+    "shard_link",
 )
 
 
@@ -181,7 +182,7 @@ def test_more_of_a_resource_never_slows_down(
 ) -> None:
     shape = replace(SHAPE, adapters=adapters)
     layout = Layout(ranks=ranks, peers=peers % ranks, overlapped=True, sharding=sharding)
-    less = DEVICES["a100"]
+    less = replace(DEVICES["a100"], shard_link=1e10)
     more = replace(less, **{resource: factor * getattr(less, resource)})
     slow, fast = (predict(shape, WORK, layout, device) for device in (less, more))
     assert fast.seconds <= slow.seconds * (1 + 1e-9)
@@ -210,7 +211,7 @@ def test_a_ring_sends_each_gradient_twice_but_for_its_own_part() -> None:
     work = replace(WORK, steps=1)
     sent = cost.update(SHAPE, work, Layout(ranks=4)).sent
     assert sent == 2 * 3 / 4 * 4 * SHAPE.parameters
-    sharded = cost.update(SHAPE, work, Layout(ranks=4, sharding="fsdp2")).sent
+    sharded = cost.update(SHAPE, work, Layout(ranks=4, sharding="fsdp2")).spread
     # Gradients of four passes once, and the weights for each pass forward and backward.
     assert sharded == 3 / 4 * 4 * SHAPE.parameters * (4 + 2 * 4)
 
@@ -227,12 +228,13 @@ def test_memory_beside_the_estimate_of_a_run(deep: LLMConfig) -> None:
     many = replace(work, prompts=10_000, batch=100_000)  # sampling is at the peak
     layout = Layout(ranks=4, sharding="fsdp2")
     sampling = prediction.memory(shape_of(deep), many, layout, DEVICES["h100"])
-    assert sampling["whole weights"] == 4 * trained
+    assert sampling["frozen copy"] == 4 * trained
     assert sampling["moments"] == 2 * trained
-    assert "frozen copy" not in sampling
-    assert prediction.memory(shape_of(deep), many, Layout(), DEVICES["h100"])["frozen copy"] == (
-        4 * trained
-    )
+    rounded = prediction.memory(shape_of(deep), replace(many, bf16=True), layout, DEVICES["h100"])
+    assert rounded["frozen copy"] == 4 * trained - 2 * shape_of(deep).products
+    lora = with_lora(deep)
+    alone = prediction.memory(shape_of(lora), many, Layout(), DEVICES["h100"])
+    assert alone["frozen copy"] == 4 * shape_of(lora).adapters
 
 
 def test_a_dry_run_shows_what_an_iteration_takes(cft: Cft) -> None:
@@ -241,6 +243,16 @@ def test_a_dry_run_shows_what_an_iteration_takes(cft: Cft) -> None:
     assert "One iteration, predicted: 2 processes" in ran.out
     for part in ("sampling", "update", "memory of a rank", "bottleneck: "):
         assert part in ran.out
+
+
+def test_a_dry_run_for_gpus_that_are_not_here(cft: Cft) -> None:
+    ran = cft("train", "experiment=smoke", "--dry-run", "--nproc-per-node", "64", "--on", "h100")
+    assert ran.code == 0
+    said = " ".join(ran.out.split())
+    assert "One iteration, predicted: 64 processes on H100 SXM 80GB" in said
+    assert "it was not run" in said
+    assert cft("train", "experiment=smoke", "--on", "h100").code == 2
+    assert cft("train", "--dry-run", "--on", "abacus").code == 2
 
 
 @pytest.mark.parametrize(

@@ -256,8 +256,9 @@ def test_a_model_without_a_table_of_positions_has_no_known_limit(tmp_path: Path)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_bfloat16_arithmetic_stays_close_and_heads_stay_float32(*, lora: bool) -> None:
-    config = small_config(lora=lora).llm
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_arithmetic_stays_close_and_heads_stay_float32(shape: str, *, lora: bool) -> None:
+    config = small_config(f"llm.model_name_or_path=tiny:{shape}", lora=lora).llm
     exact = load_llm(config, byte_tokenizer(), precision="fp32", seed=0)
     fast = load_llm(config, byte_tokenizer(), precision="bf16", seed=0)
     assert not exact.bf16
@@ -267,8 +268,14 @@ def test_bfloat16_arithmetic_stays_close_and_heads_stay_float32(*, lora: bool) -
     with torch.no_grad():
         for parameter in fast.trained_parameters().values():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    # Adapters of a frozen copy are rounded once, where those of the LLM are in every product.
-    assert torch.equal(logits(fast.frozen()), logits(fast))
+    # What a frozen copy multiplies is rounded once, where the LLM rounds it in every product.
+    frozen = fast.frozen()
+    assert torch.equal(logits(frozen), logits(fast))
+    own = frozen._trained
+    assert sum(tensor.nbytes for tensor in own.values()) == fast.copied_bytes()
+    tables = {"embed_tokens.weight", "wte.weight", "wpe.weight"}
+    multiplied = {t.dtype for name, t in own.items() if t.ndim == 2 and name not in tables}
+    assert multiplied == {torch.bfloat16}
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
