@@ -192,8 +192,8 @@ def test_a_thousand_shapes_have_the_losses_and_gradients_of_the_equations(
     seen = {"kl": 0, "ce": 0, "floor": 0, "bias": 0, "one": 0, "two": 0, "three": 0}
     for seed in range(SHAPES):
         case = some_case(seed)
-        theirs, their_gradients = dense(case)
-        bias_MV = by_row(case)[1][2]
+        theirs, [*their_gradients, bias_MV] = by_row(case)
+        their_gradients.append(None if bias_MV is None else bias_MV.sum(0))
         chunk_rows = 1 + seed % 41
         monkeypatch.setattr(fused_module, "_EVIDENCE_ROWS", {"cpu": 1 + seed % 13})
         monkeypatch.setattr(fused_module, "_TILE_BYTES", 400 * (1 + seed % 7))
@@ -254,6 +254,28 @@ def test_bfloat16_hidden_states_have_float32_losses(seed: int) -> None:
     assert off(ours.loss, theirs.loss) < 5e-6
     assert our_gradients[0] is not None
     assert our_gradients[0].dtype == torch.bfloat16
+    assert apart(our_gradients[0], their_gradients[0]) < 1e-2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_heads_of_bfloat16_numbers_lose_nothing_but_in_the_gradient(seed: int) -> None:
+    case = with_both(seed)
+    assert case.tilt is not None
+
+    def rounded(tensor: Tensor) -> Tensor:
+        return tensor.bfloat16().float()
+
+    def head(one: Head) -> Head:
+        return replace(one, weight_VD=rounded(one.weight_VD), bf16_valued=True)
+
+    tilt = replace(case.tilt, hidden_MD=rounded(case.tilt.hidden_MD), head=head(case.tilt.head))
+    case = replace(case, hidden=rounded(case.hidden), head=head(case.head), tilt=tilt)
+    theirs, their_gradients = dense(case)
+    ours, our_gradients = fused(case, trained=False)
+    assert ours.kl_M is not None
+    assert theirs.kl_M is not None
+    assert float((ours.kl_M - theirs.kl_M).abs().max()) < 5e-6 * max(1.0, float(theirs.kl_M.max()))
+    assert off(ours.loss, theirs.loss) < 5e-6
     assert apart(our_gradients[0], their_gradients[0]) < 1e-2
 
 
