@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import peft
 import torch
@@ -29,6 +29,14 @@ from constrained_ft.sharding import Root, divide_weights, gathered, put_weights,
 
 _ROW_SLOTS = 256  # most of a packed row; longer ones spend more on attention than they save
 _STRIDE = 37  # between the token ids that models are tried out on
+
+# Settings by which models change their logits behind the head, and what leaves them as they are.
+_TRANSFORMS = {
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "lm_head_multiplier": 1.0,
+}
 
 CLASS_HEAD = "class_head"  # of a model's attributes
 
@@ -479,17 +487,29 @@ def _head_of(module: PreTrainedModel) -> Head:
 
 @torch.no_grad()
 def _check_head(llm: LLM) -> None:
-    """Refuse models that change logits behind the head (softcap, scale): the KL would be wrong."""
+    """Refuse models that change logits behind the head (softcap, scale): the KL would be wrong.
+
+    By their settings, as a cap may do nothing to the logits of a few tokens, and by trying it out.
+    """
+    text = llm.module.config.get_text_config()
+    for name, neutral in _TRANSFORMS.items():
+        value = getattr(text, name, None)
+        if value is not None and value != neutral:
+            _refuse_head(llm, f"{name}={value:g}")
     ids_BL, lengths_B = pad_right([_sequences(llm)[0][:4]], pad_id(llm.tokenizer), llm.device)
     with llm.autocast():
         own_BLV = llm.module(**right_padded_inputs(ids_BL, lengths_B)).logits.float()
     ours_BLV = llm.head(llm.hidden_states(ids_BL, lengths_B))
     gap = (own_BLV - ours_BLV).abs().max() / own_BLV.abs().max().clamp_min(1e-6)
     if not gap < (0.05 if llm.bf16 else 1e-3):
-        raise ModelError(
-            f"{type(llm.module).__name__} transforms its logits after the output head (relative "
-            f"difference {gap:.2g}), which is not supported; use a model with a plain linear head"
-        )
+        _refuse_head(llm, f"relative difference {gap:.2g}")
+
+
+def _refuse_head(llm: LLM, how: str) -> NoReturn:
+    raise ModelError(
+        f"{type(llm.module).__name__} transforms its logits after the output head ({how}), which "
+        "is not supported; use a model with a plain linear head"
+    )
 
 
 @torch.no_grad()

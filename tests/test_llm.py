@@ -18,6 +18,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from constrained_ft import llm as llm_module
 from constrained_ft.config import LLMConfig
 from constrained_ft.errors import ModelError
 from constrained_ft.llm import LLM, FrozenLLM
@@ -180,13 +181,21 @@ def small_gemma(softcap: float | None) -> Gemma2ForCausalLM:
     )
 
 
-def test_logits_that_are_capped_behind_the_head_are_refused(tmp_path: Path) -> None:
-    config = eager(saved(small_gemma(0.05), tmp_path / "capped"))
-    with pytest.raises(ModelError, match="transforms its logits after the output head") as caught:
+def test_logits_that_are_capped_behind_the_head_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Its logits are far below 30: this cap would hardly show.
+    config = eager(saved(small_gemma(30.0), tmp_path / "capped"))
+    named = r"transforms its logits after the output head \(final_logit_softcapping=30\)"
+    with pytest.raises(ModelError, match=named) as caught:
         load_llm(config, load_tokenizer(config), precision="fp32", seed=0)
     assert caught.value.exit_code == 3
     with pytest.raises(ModelError, match="transforms its logits"):
         load_frozen(config, precision="fp32")
+    monkeypatch.setattr(llm_module, "_TRANSFORMS", {})
+    unknown = eager(saved(small_gemma(0.05), tmp_path / "unknown"))
+    with pytest.raises(ModelError, match=r"transforms its logits .* \(relative difference"):
+        load_frozen(unknown, precision="fp32")
     plain = eager(saved(small_gemma(None), tmp_path / "plain"))
     assert load_frozen(plain, precision="fp32").head.weight_VD.shape == (257, 32)
 

@@ -220,8 +220,14 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-def test_runs_are_continued_to_the_bit_and_by_another_number_of_ranks(tmp_path: Path) -> None:
-    config, alone = config_of(WHOLE_RUN, 4), config_of(WHOLE_RUN, 8)
+@pytest.mark.parametrize(
+    ("shape", "lora"), [("llama", False), ("qwen2", True)], ids=["tied, full", "untied, lora"]
+)
+def test_runs_are_continued_to_the_bit_and_by_another_number_of_ranks(
+    shape: str, tmp_path: Path, *, lora: bool
+) -> None:
+    overrides = (*WHOLE_RUN, f"llm.model_name_or_path=tiny:{shape}")
+    config, alone = (config_of(overrides, batch, lora=lora) for batch in (4, 8))
     straight = begun(config, tmp_path / "straight")
     assert together(train_all, 2, [(config, straight)]) == [None, None]
 
@@ -259,6 +265,10 @@ def test_runs_are_continued_to_the_bit_and_by_another_number_of_ranks(tmp_path: 
     parts = small_parts(alone)
     checkpoint.restore_llm(newest, parts)
     saved = parts.llm.trained_parameters()
+    if lora:
+        file = straight / "final" / "adapter" / "adapter_model.safetensors"
+        exported = safetensors.torch.load_file(file)
+        saved = parts.llm.frozen().adapter()
     assert exported.keys() == saved.keys()
     assert all(torch.equal(exported[name], one) for name, one in saved.items())
     manifest = json.loads((newest / "manifest.json").read_text())
