@@ -6,6 +6,7 @@ from constrained_ft.distributed import pack, unpack
 from constrained_ft.errors import MissingScoresError, SamplerError, SamplingError, ScorerError
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.loading import rehearse_export
+from constrained_ft.machine import release_freed
 from constrained_ft.memory import (
     estimate_memory,
     forget_peak,
@@ -53,6 +54,7 @@ def rehearse(parts: Parts, config: Config, folder: RunFolder) -> None:
     if not (parts.everyone.leads or parts.llm.is_sharded):
         return
     parts.display.phase("rehearsing the checkpoint and the export", 1)
+    release_freed()  # what the rehearsal of an update took is more than an export takes
     with parts.phases.during("rehearsal"):
         saved = checkpoint.save(folder.checkpoints, parts, config, None, {"iteration": 0.0})
         checkpoint.restore(saved, parts, config)

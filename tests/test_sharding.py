@@ -253,13 +253,15 @@ def test_runs_are_continued_to_the_bit_and_by_another_number_of_ranks(
     for ours, theirs in zip(rows(mixed), rows(straight), strict=True):
         assert ours["update/loss"] == pytest.approx(theirs["update/loss"], rel=1e-3)
 
-    # What is left is whole: the export of a run in one process, without sharding.
-    plain = alone.model_copy(
-        update={"trainer": alone.trainer.model_copy(update={"sharding": "none"})}
-    )
-    other = run(plain, tmp_path / "plain")
+    # What is left is whole: the export of a run in one process, without sharding. (Of the untied
+    # model R learns next to nothing, and rounding decides which of its epochs was the best.)
     exported = weights(straight / "final" / "llm")
-    assert distance(exported, weights(other.final_llm)) <= 1e-4  # R's fit is in it
+    if not lora:
+        plain = alone.model_copy(
+            update={"trainer": alone.trainer.model_copy(update={"sharding": "none"})}
+        )
+        other = run(plain, tmp_path / "plain")
+        assert distance(exported, weights(other.final_llm)) <= 1e-4  # R's fit is in it
     AutoModelForCausalLM.from_pretrained(straight / "final" / "llm")
     newest = straight / "checkpoints" / "iteration_0003"
     parts = small_parts(alone)
