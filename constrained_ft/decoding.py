@@ -271,18 +271,29 @@ def _states(
     lengths_B: Int[Tensor, " B"],
 ) -> Float[Tensor, "B T D"]:
     """The hidden states that predict each token of completions, by a forward pass."""
-    stems = [list(ids) for ids in prompts for _ in range(repeats)]
-    completions = [
-        ids[:length] for ids, length in zip(ids_BT.tolist(), lengths_B.tolist(), strict=True)
+    said = zip(ids_BT.tolist(), lengths_B.tolist(), strict=True)
+    branches = [tuple(ids[: max(length - 1, 0)]) for ids, length in said]
+    trees = [
+        Tree(stem=tuple(ids), branches=tuple(branches[repeats * i :][:repeats]))
+        for i, ids in enumerate(prompts)
     ]
-    whole = [stem + said for stem, said in zip(stems, completions, strict=True)]
-    ids_BL, whole_B = pad_right(whole, pad_id(llm.tokenizer), llm.device)
-    llm.slots.add(sum(map(len, whole)), ids_BL.numel())
-    hidden_BLD = llm.hidden_states(ids_BL, whole_B)
-    first_B1 = torch.tensor([[len(stem) - 1] for stem in stems], device=llm.device)
-    place_BT = first_B1 + torch.arange(ids_BT.shape[1], device=llm.device)
-    place_BT = place_BT.clamp_max(ids_BL.shape[1] - 1)
-    return hidden_BLD.gather(1, place_BT[..., None].expand(-1, -1, hidden_BLD.shape[-1]))
+    return states_of_branches(llm, trees, ids_BT.shape[1])
+
+
+def states_of_branches(llm: FrozenLLM, trees: Sequence[Tree], steps: int) -> Float[Tensor, "B T D"]:
+    """The last hidden states that predict each token of the branches, tree by tree, and one more.
+
+    One forward pass; positions past a branch's end hold arbitrary values.
+
+    Args:
+        llm: what reads them.
+        trees: prompts, and completions without their last token, which predicts nothing.
+        steps: T, at least one more than a branch has tokens.
+    """
+    packed = llm.pack(trees)
+    slots_BT = torch.nn.utils.rnn.pad_sequence(list(packed.paths), batch_first=True)
+    slots_BT = torch.nn.functional.pad(slots_BT, (0, steps - slots_BT.shape[1]))
+    return llm.packed_states(packed)[slots_BT.to(llm.device)]
 
 
 def truncate(probs_BV: Float[Tensor, "B V"], top_p: float) -> Float[Tensor, "B V"]:

@@ -268,14 +268,14 @@ def _losses_of_pass(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """The sum of cross-entropies and the sum of share w KL, in nats."""
     rows_N = rows_N.sort().values  # the rows of a prompt are neighbours then
-    trees = list(completion_trees(target.rollouts, rows_N))
+    trees = completion_trees(target.rollouts, rows_N)
     if not trees and not corpus:  # sharded weights: a rank without work takes part, for nothing
         trees = [Tree(stem=(0,))]
     packed = llm.pack([*trees, *(Tree(stem=row.token_ids) for row in corpus)])
     states_SD = llm.packed_states(packed)
     head = llm.head
     slots_M, rows_M, steps_M = _kl_places(rows_N, packed)
-    # They share no rows: no prefix of a rollout is a prefix of the corpus.
+    # Prefixes of rollouts and of the corpus are rows of their own, also where they are the same.
     hidden_MD, tilt = states_SD[slots_M], target.tilt(rows_M, steps_M)
     if live:
         tilt = replace(tilt, hidden_MD=hidden_MD, head=head)

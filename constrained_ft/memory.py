@@ -124,7 +124,7 @@ def _rehearse_update(llm: LLM, prompts: Prompts, config: Config) -> None:
 
 
 def _largest_batch(llm: LLM, prompts: Prompts, config: Config) -> list[Tree]:
-    """Corpus rows and completions of one pass, all as long as they can be, of any tokens."""
+    """Corpus rows and completions of one pass, as long as they can be after a mean prompt."""
     trainer, size = config.trainer, len(llm.head.weight_VD)
     lengths = [len(prompt.token_ids) for prompt in prompts.training]
     stem = -(-sum(lengths) // len(lengths))

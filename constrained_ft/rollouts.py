@@ -1,7 +1,7 @@
 """Completions y ~ p(. | x) and the constraint's verdict on them; as files and messages, and back.
 
-Shape suffixes:  S prompts, N rollouts, T completion positions, D hidden width, V vocabulary,
-L prompt positions, J terms of the constraint.
+Shape suffixes:  S prompts, N rollouts, M some of them, T completion positions, D hidden width,
+J terms of the constraint.
 
 The last hidden states that decoding computes anyway are kept for the auxiliary: hidden[:, t]
 predicts completion token t.
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from constrained_ft.config import ConstraintConfig
+from constrained_ft.decoding import states_of_branches
 from constrained_ft.distributed import pack, unpack
 from constrained_ft.labels import Settled, verdict
 from constrained_ft.llm import FrozenLLM
@@ -217,11 +218,7 @@ def completion_hidden_states(
     One forward pass; positions past a completion's end hold arbitrary values. The rows of a prompt
     have to be neighbours.
     """
-    packed = llm.pack(completion_trees(rollouts, rows))
-    slots_NT = torch.nn.utils.rnn.pad_sequence(list(packed.paths), batch_first=True)
-    missing = rollouts.ids_NT.shape[1] - slots_NT.shape[1]
-    slots_NT = torch.nn.functional.pad(slots_NT, (0, missing))
-    return llm.packed_states(packed)[slots_NT.to(llm.device)]
+    return states_of_branches(llm, completion_trees(rollouts, rows), rollouts.ids_NT.shape[1])
 
 
 def joined(parts: Sequence[Rollouts], prompts: Sequence[Prompt]) -> Rollouts:
