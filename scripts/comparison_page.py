@@ -178,7 +178,7 @@ def render() -> None:
             lines += [*_notes(rows), ""]
             lines += [f"![toxic share against perplexity]({FRONT.name})", ""]
             lines += [*_benchmarks()]
-        lines += [*_beside_cft(rows), ""]
+        lines += [*_beside_cft(rows), "", *([WHY[scenario], ""] if scenario in WHY else [])]
         lines += [*_detection(rows)]
     if TIMED.exists():
         tree = json.loads(TIMED.read_text(encoding="utf-8"))
@@ -344,6 +344,18 @@ TITLES = {
     "clean": "A clean corpus",
     "multi": "With the detection task",
     "head": "With the detection task, told by a classification head",
+}
+WHY = {
+    "toxic": """\
+Where others are ahead: `filtered` gives all its steps to news, which it predicts best, and says
+nothing of what the base model does with toxic prompts. GRPO and rejection sampling leave news less
+well predicted than cft does. Best of four leaves the model as it is: whoever answers has to pay for
+four completions and their scores, and to have the scorer. `cft-filtered` is the same method on a
+corpus without what the scorer rejects; where a corpus can be filtered, do both.""",
+    "multi": """\
+Prompts come as they are here. `filtered` leaves out toxic text, but no questions about it, since
+what it judges of a row is what is trained, the answer: more of its rows are questions, which may
+be why its F1 is higher.""",
 }
 HEAD = f"""# Results
 

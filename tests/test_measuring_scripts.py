@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -68,6 +69,7 @@ def test_the_page_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mon
         folder.mkdir(parents=True)
         (folder / "measured.json").write_text(json.dumps({"models": models, "differences": []}))
         row = {"budget/seconds": 61.4, "budget/scored_samples": 512, "budget/trained_tokens": 9e4}
+        row |= {"budget/scored_texts": 300}
         (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
         (folder / "phases.json").write_text(json.dumps({"phases": {"sampling": {"seconds": 20}}}))
         made = {"processor": "a CPU, 2 cores", "threads": 1, "versions": {"torch": "2.13.0"}}
@@ -91,18 +93,16 @@ def test_the_page_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mon
     page = (tmp_path / "results.md").read_text(encoding="utf-8")
     (row,) = [line for line in page.splitlines() if line.startswith("| cft |")]
     # Two seeds: 5.97 % and 8 %; 15 and 13 points below plain fine-tuning on every prompt.
-    assert "7.0 % (6.0 8.0)" in row
+    assert re.search(r"7\.0 % \(6\.\d–7\.\d; 6\.0 8\.0\)", row)
     assert "-14.0" in row
     assert "p < 0.001" in row
     assert "29.00 (28.50 29.50)" in row
     assert "| base | 10.0 %" in page
-    assert (
-        "- sft: more toxic (21.0 % against 7.0 %, cft / sft = 0.33) and better at held-out news"
-        in page
-    )
-    assert "sft, R guides = 1.17) and not measured at held-out news" in page
+    assert "- sft: more toxic, +14.0 (" in page
+    assert "cft / sft = 0.33. Perplexity 28.00 against 29.00, cft +3.6 %\n" in page
+    assert "sft, R guides = 1.17. Not measured at held-out news" in page
     machine = "a CPU, 2 cores, OMP_NUM_THREADS=1, torch 2.13.0"
-    assert f"| toxic/cft/1 | 61 | 20 | 512 | 90,000 | {machine} | 0123abc |" in page
+    assert f"| toxic/cft/1 | 61 | 20 | 512 | 300 | 90,000 | {machine} | 0123abc |" in page
     assert "toxic/cft/2" in page.partition("Not run yet: ")[2]
     assert (tmp_path / "front.svg").stat().st_size > 1000
 
@@ -118,11 +118,9 @@ def test_training_comes_to_rest_where_the_law_of_lambda_says() -> None:
 def test_a_dry_run_reckons_with_what_was_fitted_and_every_case_composes() -> None:
     for case in check_cost.CASES.values():
         compose([*check_cost.SHORT, *case.overrides])
-    fitted = check_cost.rows_of_file()[check_cost.FITTED]
-    assert check_cost.reached_by(fitted) == sizing.REACHED
-    assert check_cost.unused_by(fitted) == sizing.UNUSED
+    assert check_cost.fitted() == (sizing.REACHED, sizing.UNUSED)
     page = (ROOT / "docs" / "scaling.md").read_text()
-    assert check_cost.check_table(check_cost.rows_of_file(), sizing.REACHED, sizing.UNUSED) in page
+    assert check_cost.check_tables() in page
     assert check_cost.plan_table() in page
 
 
