@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from constrained_ft import cost, prediction
+from constrained_ft.cli.dry_run import PaperDevice
 from constrained_ft.config import LLMConfig, LoraConfig
 from constrained_ft.cost import Layout, Shape, Work
 from constrained_ft.fused import Head, Tilt, fused_losses
@@ -251,6 +252,7 @@ def test_a_dry_run_for_gpus_that_are_not_here(cft: Cft) -> None:
     said = " ".join(ran.out.split())
     assert "One iteration, predicted: 64 processes on H100 SXM 80GB" in said
     assert "it was not run" in said
+    assert set(PaperDevice) == set(DEVICES)
     assert cft("train", "experiment=smoke", "--on", "h100").code == 2
     assert cft("train", "--dry-run", "--on", "abacus").code == 2
 
