@@ -147,7 +147,7 @@ ABLATIONS = (
             "prompts.candidates=1",
         ),
         iterations=1,
-        note="q* of the base model, learned once from as many completions",
+        note="q* of the base model, learned once, from twice as many completions",
     ),
     Method(name="no-vocabulary-prior", overrides=("auxiliary.vocabulary_prior=false",)),
     Method(name="head", overrides=("auxiliary=head",), note="R: a low-rank head"),
