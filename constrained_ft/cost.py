@@ -130,6 +130,8 @@ class Layout:
     """Ranks that learn the target while the others update; 0: all do both."""
     overlapped: bool = False
     sharding: Sharding = "none"
+    gloo: bool = False
+    """Between CPUs: what is summed into shards is summed everywhere first, and sent twice."""
 
     @property
     def learners(self) -> int:
@@ -419,7 +421,8 @@ def _exchange(shape: Shape, work: Work, layout: Layout) -> Demand:
         each = Demand(sent=_ring(share, ranks), meetings=2)
     else:
         passes, weights = work.passes(ranks), stored(shape, work) * shape.parameters
-        each = _fetched(layout, passes * (share + 2 * weights)) + Demand(meetings=2)
+        summed = (2 if layout.gloo else 1) * share
+        each = _fetched(layout, passes * (summed + 2 * weights)) + Demand(meetings=2)
     return each.times(work.steps)
 
 

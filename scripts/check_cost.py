@@ -60,6 +60,7 @@ ROOT = Path(__file__).parents[1]
 ROWS_FILE, PAGE = ROOT / "docs" / "scaling.jsonl", ROOT / "docs" / "scaling.md"
 WARM, MEASURED = 1, 2
 FITTED = "default"
+KINDS = {True: "With bfloat16 products", False: "Without"}
 PHASES = ("mining", "sampling", "auxiliary", "target", "reference", "update")
 CLOCKS = {"wall": time.monotonic, "cpu": time.process_time}
 
@@ -257,9 +258,10 @@ def run_case(name: str, small: str, clock: str) -> dict[str, Any]:
     before = ceilings(device, size=1024, megabytes=64, clock=ticks)
     forget_peak(device)
     met: list[tuple[float, float, float]] = []
+    sent = 0.0
     for iteration in range(1, WARM + MEASURED + 1):
         if iteration == WARM + 1:
-            parts.phases = Phases(parts.llm.slots, ticks)
+            parts.phases, sent = Phases(parts.llm.slots, ticks), loopback_bytes()
         target = learn_target(parts, config, parts.llm.frozen(), iteration)
         target = with_fresh_reference(parts, target, config, iteration)
         with parts.phases.during("update"):
@@ -274,6 +276,8 @@ def run_case(name: str, small: str, clock: str) -> dict[str, Any]:
                 statistics.mean(len(row.token_ids) for row in rows),
             )
         )
+    world.agree()
+    sent = (loopback_bytes() - sent) / case.ranks / MEASURED
     peak, spent = recent_peak(device), parts.phases.spent()
     after = ceilings(device, size=1024, megabytes=64, clock=ticks)
     prompt, completion, row = map(statistics.mean, zip(*met[WARM:], strict=True))
@@ -287,6 +291,7 @@ def run_case(name: str, small: str, clock: str) -> dict[str, Any]:
     return {
         "phases": {n: spent[n].seconds / MEASURED if n in spent else 0.0 for n in PHASES},
         "peak": peak,
+        "sent": round(sent),
         "shape": asdict(shape_of(config.llm)),
         "work": asdict(work),
         "ranks": case.ranks,
@@ -296,13 +301,21 @@ def run_case(name: str, small: str, clock: str) -> dict[str, Any]:
     }
 
 
+def loopback_bytes() -> int:
+    """What this machine has sent to itself so far."""
+    lines = Path("/proc/net/dev").read_text().splitlines()
+    (own,) = (line.split(":")[1] for line in lines if line.strip().startswith("lo:"))
+    return int(own.split()[8])
+
+
 # Comparing.
 
 
-def rows_of_file() -> dict[str, dict[str, Any]]:
-    """The newest row of each case."""
+def rows_of_file(*, bf16: bool) -> dict[str, dict[str, Any]]:
+    """The newest row of each case on processors of a kind."""
     lines = ROWS_FILE.read_text().splitlines() if ROWS_FILE.exists() else []
-    return {row["name"]: row for row in map(json.loads, lines)}
+    rows = map(json.loads, lines)
+    return {row["name"]: row for row in rows if row["work"]["bf16"] == bf16}
 
 
 def predicted(
@@ -314,7 +327,7 @@ def predicted(
         for name in row["before"]
     }
     device = sizing.cpu(found, row["ranks"], reached, unused)
-    layout = Layout(ranks=row["ranks"], sharding=row.get("sharding", "none"))
+    layout = Layout(ranks=row["ranks"], sharding=row.get("sharding", "none"), gloo=True)
     return predict(Shape(**row["shape"]), Work(**row["work"]), layout, device)
 
 
@@ -322,12 +335,14 @@ def reached_by(row: Mapping[str, Any]) -> dict[str, float]:
     """By phase, the share of the ceilings that a measured iteration reached."""
     whole = predicted(row, {})
     found = {}
-    for name in PHASES:
+    for name in set(PHASES) & whole.phases.keys():
         parts = whole.phases[name].seconds
         fixed = sum(parts.get(part, 0.0) for part in sizing.FIXED)
         bound = sum(parts.values()) - fixed
         found[name] = round(bound / max(row["phases"][name] - fixed, 1e-9), 3)
-    return found
+    # Where no reference is read, for want of its own: mining is a forward pass as well.
+    found.setdefault("reference", found["mining"])
+    return {name: found[name] for name in PHASES}
 
 
 def unused_by(row: Mapping[str, Any]) -> float:
@@ -338,13 +353,8 @@ def unused_by(row: Mapping[str, Any]) -> float:
 
 def render() -> None:
     """Write the check and the plan into the page."""
-    rows = rows_of_file()
-    parts = {"plan": plan_table()}
-    if FITTED in rows:
-        reached = reached_by(rows[FITTED])
-        unused = unused_by(rows[FITTED])
-        parts["check"] = check_table(rows, reached, unused)
-        print("sizing.REACHED =", reached, "UNUSED =", unused)
+    print("sizing:", *fitted())
+    parts = {"plan": plan_table(), "check": check_tables()}
     text = PAGE.read_text()
     for name, table in parts.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
@@ -353,13 +363,33 @@ def render() -> None:
     PAGE.write_text(text)
 
 
+def fitted() -> tuple[dict[bool, dict[str, float]], dict[bool, float]]:
+    """What `sizing.REACHED` and `sizing.UNUSED` have to be."""
+    rows = {bf16: rows_of_file(bf16=bf16).get(FITTED) for bf16 in KINDS}
+    return (
+        {bf16: reached_by(row) for bf16, row in rows.items() if row},
+        {bf16: unused_by(row) for bf16, row in rows.items() if row},
+    )
+
+
+def check_tables() -> str:
+    """Each kind of processor by itself."""
+    reached, unused = fitted()
+    tables = [
+        f"{KINDS[bf16]}:\n\n{check_table(rows_of_file(bf16=bf16), reached[bf16], unused[bf16])}"
+        for bf16 in reached
+    ]
+    return "\n\n".join(tables)
+
+
 def check_table(
     rows: Mapping[str, Mapping[str, Any]], reached: Mapping[str, float], unused: float
 ) -> str:
-    """Seconds of each phase, predicted / measured, and memory."""
+    """Seconds of each phase, predicted / measured, memory, and what a process sends."""
     lines = [
-        f"| case | {' | '.join(PHASES)} | iteration | off by | memory, GiB | off by |",
-        "| --- |" + " --- |" * (len(PHASES) + 4),
+        f"| case | {' | '.join(PHASES)} | iteration | off by | memory, GiB | off by | sent, MiB | "
+        "off by |",
+        "| --- |" + " --- |" * (len(PHASES) + 6),
     ]
     for name in CASES:
         if name not in rows:
@@ -373,6 +403,11 @@ def check_table(
         cells += [f"{said:.2f} / {took:.2f}", off(said, took)]
         cells += [f"{found.peak / 2**30:.2f} / {row['peak'] / 2**30:.2f}"]
         cells += [off(found.peak, row["peak"])]
+        cells += (
+            [f"{found.sent / 2**20:.0f} / {row['sent'] / 2**20:.0f}", off(found.sent, row["sent"])]
+            if row["ranks"] > 1 and "sent" in row
+            else ["–", "–"]
+        )
         fitted = " (fitted)" if name == FITTED else ""
         lines.append(f"| {name}{fitted} | {' | '.join(cells)} |")
     one = rows[FITTED]

@@ -215,6 +215,8 @@ def test_a_ring_sends_each_gradient_twice_but_for_its_own_part() -> None:
     sharded = cost.update(SHAPE, work, Layout(ranks=4, sharding="fsdp2")).spread
     # Gradients of four passes once, and the weights for each pass forward and backward.
     assert sharded == 3 / 4 * 4 * SHAPE.parameters * (4 + 2 * 4)
+    gloo = cost.update(SHAPE, work, Layout(ranks=4, sharding="fsdp2", gloo=True)).spread
+    assert gloo == 3 / 4 * 4 * SHAPE.parameters * (2 * 4 + 2 * 4)
 
 
 def test_memory_beside_the_estimate_of_a_run(deep: LLMConfig) -> None:
