@@ -230,13 +230,9 @@ def work_of(config: Config, lengths: Lengths, updaters: int, *, on_paper: bool =
         if found:
             raise ConfigError(f"the cost of {name} is not known")
     passes = trainer.gradient_accumulation_steps
-    tiny, on_gpu = config.llm.model_name_or_path.startswith(_TINY), default_device().type != "cpu"
+    tiny = config.llm.model_name_or_path.startswith(_TINY)
     bf16 = wants_bf16(trainer.precision, tiny=tiny)
-    if on_paper:
-        bf16, on_gpu = (
-            trainer.precision == "bf16" or (trainer.precision == "auto" and not tiny),
-            True,
-        )
+    bf16 |= on_paper and trainer.precision == "auto" and not tiny
     frozen_bf16 = config.llm.lora is not None and (
         config.llm.dtype == "bfloat16" or (config.llm.dtype == "auto" and bf16)
     )
@@ -263,7 +259,7 @@ def work_of(config: Config, lengths: Lengths, updaters: int, *, on_paper: bool =
         examples=(1 - fit.validation_share) * (fit.replay_iterations + 1),
         kept=fit.replay_iterations + 2,
         bf16=bf16,
-        wide_head=not frozen_bf16 or on_gpu,
+        wide_head=not frozen_bf16 or on_paper or default_device().type != "cpu",
         checkpoints=config.llm.gradient_checkpointing is True,
     )
 
