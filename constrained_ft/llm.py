@@ -23,6 +23,7 @@ from constrained_ft.config import LLMConfig
 from constrained_ft.distributed import World
 from constrained_ft.encoding import pad_id
 from constrained_ft.errors import ModelError
+from constrained_ft.frozen_layers import FrozenLayers, frozen_layers
 from constrained_ft.fused import Head
 from constrained_ft.packing import Packed, Slots, Tree, pack, pad_right
 from constrained_ft.sharding import Root, divide_weights, gathered, put_weights, remove_weights
@@ -159,9 +160,37 @@ class FrozenLLM:
         """Lay trees out as this model takes them."""
         return self._llm.pack(trees)
 
-    def packed_states(self, packed: Packed) -> Float[Tensor, "S D"]:
-        """Last hidden states of every slot of a packed batch."""
-        return self.read_packed(packed, keep=False)[0]
+    def packed_states(
+        self, packed: Packed, below_SD: Float[Tensor, "S D"] | None = None
+    ) -> Float[Tensor, "S D"]:
+        """Last hidden states of every slot of a packed batch.
+
+        Args:
+            packed: the batch.
+            below_SD: what `states_below` has for its slots, where that was kept: those layers are
+                not run again.
+        """
+        layers = self._llm.frozen_layers
+        if below_SD is None or layers is None:
+            return self.read_packed(packed, keep=False)[0]
+        with layers.replaced_by(below_SD.view(*packed.ids_BL.shape, -1)):
+            return self.read_packed(packed, keep=False)[0]
+
+    @property
+    def has_frozen_layers(self) -> bool:
+        """Whether there are layers below the first trained one, so `states_below` stay the same."""
+        return self._llm.frozen_layers is not None
+
+    def states_below(self, packed: Packed) -> Float[Tensor, "S D"]:
+        """What enters the first trained layer, for every slot of a packed batch.
+
+        The same for every frozen copy of an LLM. Only where `has_frozen_layers`.
+        """
+        layers = self._llm.frozen_layers
+        assert layers is not None
+        with layers.alone() as found:
+            self.read_packed(packed, keep=False)
+        return found[0].flatten(0, 1)
 
     def read_packed(self, packed: Packed, *, keep: bool = True) -> tuple[Float[Tensor, "S D"], Any]:
         """Last hidden states of every slot, and the model's cache, [B, L] as the batch is."""
@@ -219,6 +248,9 @@ class LLM:
         self.module.eval()
         _check_head(self)
         self.packs = _can_pack(self)
+        self.frozen_layers: FrozenLayers | None = None
+        """The layers below the first trained one, where that can be run without them."""
+        self.frozen_layers = _tried_out(self, frozen_layers(self.trunk))
 
     @property
     def head(self) -> Head:
@@ -531,7 +563,30 @@ def _can_pack(llm: LLM) -> bool:
     llm.packs = False
     packed = llm.pack(trees)
     apart = llm.packed_states(packed)[torch.cat(packed.paths)]
-    gap = (together - apart).float().norm() / apart.float().norm().clamp_min(1e-6)
+    return _agree(llm, together, apart)
+
+
+@torch.no_grad()
+def _tried_out(llm: LLM, layers: FrozenLayers | None) -> FrozenLayers | None:
+    """Layers that the model gives the same states without, tried out on a few tokens."""
+    if layers is None:
+        return None
+    packed = llm.pack([Tree(stem=ids) for ids in _sequences(llm)])
+    whole_SD = llm.packed_states(packed)
+    try:
+        with layers.alone() as found:
+            llm.packed_states(packed)
+        with layers.replaced_by(found[0]):
+            parts_SD = llm.packed_states(packed)
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError):
+        return None  # layers that hand on more than one state, for one
+    real_S = torch.cat(packed.stems).to(llm.device)
+    return layers if _agree(llm, parts_SD[real_S], whole_SD[real_S]) else None
+
+
+def _agree(llm: LLM, states_SD: Float[Tensor, "S D"], right_SD: Float[Tensor, "S D"]) -> bool:
+    """Whether states differ by rounding alone."""
+    gap = (states_SD - right_SD).float().norm() / right_SD.float().norm().clamp_min(1e-6)
     return bool(gap < (0.05 if llm.bf16 else 1e-3))
 
 

@@ -5,7 +5,12 @@ how likely the completions of a prompt are to satisfy: R(x), one step of expecta
 prompt, so that looking at a prompt costs a pass over it and no sampling. The prompts of an
 iteration are then those with the lowest R(x) among several times as many. The training objective
 becomes the mean over these; which prompts are drawn does not bias R, a function of the prompt.
+
+Where adapters begin in the middle of a model, what is below them makes the same of a prompt in
+every iteration: it is read once, and later passes begin there.
 """
+
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -16,11 +21,13 @@ from constrained_ft.config import Config
 from constrained_ft.distributed import pack, unpack
 from constrained_ft.fused import expected_satisfaction
 from constrained_ft.llm import FrozenLLM
-from constrained_ft.packing import Tree
+from constrained_ft.packing import Packed, Tree
 from constrained_ft.parts import Parts
 from constrained_ft.prompts import Prompt
 
 _PROMPTS = 64  # in one forward pass
+_COMES_UP = 8  # iterations within which a prompt is looked at again, if states of all are kept
+_MOST_KEPT = 2**28  # bytes of these states
 _LOOKED_AT = 4  # prompts of an iteration, where nothing is learned from what is sampled
 
 
@@ -42,7 +49,9 @@ def prompts_to_sample(
     with parts.phases.during("mining"):
         found = list(range(count))
         if parts.world.leads:
-            log_satisfied_S = prompt_satisfaction(reference, parts.auxiliary.frozen(), candidates)
+            below = _states_below(parts, reference, looked_at)
+            auxiliary = parts.auxiliary.frozen()
+            log_satisfied_S = prompt_satisfaction(reference, auxiliary, candidates, below)
             found = sorted(log_satisfied_S.argsort(stable=True)[:count].tolist())
         if parts.world.size > 1:  # one decides: two devices need not round alike
             _, chosen = unpack(parts.world.gather(pack({}, found))[0])
@@ -53,15 +62,24 @@ def prompts_to_sample(
 
 @torch.no_grad()
 def prompt_satisfaction(
-    reference: FrozenLLM, auxiliary: FrozenAuxiliary, prompts: tuple[Prompt, ...]
+    reference: FrozenLLM,
+    auxiliary: FrozenAuxiliary,
+    prompts: Sequence[Prompt],
+    below: Mapping[str, Float[Tensor, "L D"]] | None = None,
 ) -> Float[Tensor, " S"]:
-    """log R(x) of prompts that nothing was sampled for."""
+    """log R(x) of prompts that nothing was sampled for.
+
+    Args:
+        reference: reads the prompts.
+        auxiliary: R.
+        prompts: what is looked at.
+        below: `Parts.states_below` of these prompts; nothing reads the whole of them.
+    """
     found = []
-    for start in range(0, len(prompts), _PROMPTS):
-        some = prompts[start : start + _PROMPTS]
-        packed = reference.pack([Tree(stem=prompt.token_ids) for prompt in some])
+    for some, packed in _batches(reference, prompts):
+        below_SD = _laid_out(below, some, packed) if below else None
         last_S = torch.stack([stem[-1] for stem in packed.stems]).to(reference.device)
-        hidden_SD = reference.packed_states(packed)[last_S].float()
+        hidden_SD = reference.packed_states(packed, below_SD)[last_S].float()
         # What the first token is, R at the first position does not read.
         ids_S1 = torch.zeros(len(some), 1, dtype=torch.long, device=reference.device)
         evidence = auxiliary.read_examples(hidden_SD[:, None], ids_S1, torch.ones_like(ids_S1) > 0)
@@ -70,3 +88,42 @@ def prompt_satisfaction(
         )
         found.append(expected_satisfaction(guidance)[0])
     return torch.cat(found)
+
+
+@torch.no_grad()
+def _states_below(
+    parts: Parts, reference: FrozenLLM, looked_at: int
+) -> Mapping[str, Float[Tensor, "L D"]]:
+    """`Parts.states_below`, of all training prompts at once; of none where keeping does not pay.
+
+    Read in an order that the prompts alone decide, so that a resumed run has the same numbers.
+    """
+    prompts, width = parts.prompts.training, reference.head.weight_VD.shape[1]
+    kept = 4 * width * sum(len(prompt.token_ids) for prompt in prompts)
+    pays = len(prompts) <= _COMES_UP * looked_at and kept <= _MOST_KEPT
+    if not (pays and reference.has_frozen_layers) or parts.states_below:
+        return parts.states_below
+    for some, packed in _batches(reference, prompts):
+        states_SD = reference.states_below(packed)
+        for prompt, stem in zip(some, packed.stems, strict=True):
+            parts.states_below[prompt.id] = states_SD[stem.to(states_SD.device)]
+    return parts.states_below
+
+
+def _batches(
+    reference: FrozenLLM, prompts: Sequence[Prompt]
+) -> Iterator[tuple[Sequence[Prompt], Packed]]:
+    """Prompts of one forward pass, and how they lie in it."""
+    for start in range(0, len(prompts), _PROMPTS):
+        some = prompts[start : start + _PROMPTS]
+        yield some, reference.pack([Tree(stem=prompt.token_ids) for prompt in some])
+
+
+def _laid_out(
+    below: Mapping[str, Float[Tensor, "L D"]], prompts: Sequence[Prompt], packed: Packed
+) -> Float[Tensor, "S D"]:
+    """States of prompts at the slots that the prompts have in a batch; others are 0."""
+    states_ND = torch.cat([below[prompt.id] for prompt in prompts])
+    found_SD = states_ND.new_zeros(packed.ids_BL.numel(), states_ND.shape[1])
+    found_SD[torch.cat(packed.stems).to(states_ND.device)] = states_ND
+    return found_SD

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from constrained_ft.auxiliary import Auxiliary, ProductAuxiliary, vocabulary_prior
@@ -66,6 +67,9 @@ class Parts:
     """Bytes at the peak; known once the base model was measured."""
     replay: list[LabeledRollouts] = field(default_factory=list)
     """What the auxiliary is fitted to, the newest iteration first."""
+    states_below: dict[str, Tensor] = field(default_factory=dict)
+    """By the id of a training prompt, [L, D]: what the layers below the first trained one make of
+    its tokens; empty until mining has read them."""
 
     def remember(self, labeled: LabeledRollouts, earlier: int) -> None:
         """Put the newest rollouts first and keep so many earlier iterations, what was scored."""

@@ -39,9 +39,10 @@ LORA = LoraConfig(r=4, alpha=8.0, dropout=0.0, target_modules="all-linear", firs
 SHAPES = ["llama", "gpt2", "qwen2", "gemma"]
 
 
-def small_config(*overrides: str, lora: bool = False) -> Config:
+def small_config(*overrides: str, lora: bool = False, first_layer: int = 0) -> Config:
     config = compose([*SMALL, *overrides])
-    llm = config.llm.model_copy(update={"lora": LORA if lora else None})
+    adapters = LORA.model_copy(update={"first_layer": first_layer})
+    llm = config.llm.model_copy(update={"lora": adapters if lora else None})
     return config.model_copy(update={"llm": llm})
 
 

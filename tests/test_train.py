@@ -176,8 +176,11 @@ def test_a_matched_stale_reference_survives_a_stop(tmp_path: Path) -> None:
     assert_same(folder, run(config, tmp_path / "straight"))
 
 
-def test_a_stopped_run_mines_the_same_prompts(tmp_path: Path) -> None:
-    config = small_config("prompts.candidates=3")
+@pytest.mark.parametrize("first_layer", [None, 1])
+def test_a_stopped_run_mines_the_same_prompts(tmp_path: Path, first_layer: int | None) -> None:
+    config = small_config(
+        "prompts.candidates=3", lora=first_layer is not None, first_layer=first_layer or 0
+    )
     folder, _ = resumed(config, tmp_path / "stopped", after=2)
     assert_same(folder, run(config, tmp_path / "straight"))
 

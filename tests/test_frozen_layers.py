@@ -1,0 +1,133 @@
+"""Layers that no adapter changes, against whole passes and transformers' own states of layers."""
+
+import pytest
+import torch
+from small import SHAPES, small_config, small_parts
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from constrained_ft.config import Config
+from constrained_ft.frozen_layers import frozen_layers
+from constrained_ft.llm import LLM
+from constrained_ft.loading import load_llm
+from constrained_ft.mining import prompts_to_sample
+from constrained_ft.packing import Tree
+from constrained_ft.parts import Parts
+from constrained_ft.target import learn_target
+from constrained_ft.tiny import byte_tokenizer
+
+TREES = [Tree(stem=(5, 6, 7, 8)), Tree(stem=(9, 10)), Tree(stem=(11, 12, 13))]
+
+
+def loaded(config: Config) -> LLM:
+    return load_llm(config.llm, byte_tokenizer(), precision="fp32", seed=1)
+
+
+def moved(llm: LLM) -> LLM:
+    """With adapters that say something."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in llm.trained_parameters().values():
+            weight.copy_(torch.randn(weight.shape, generator=generator) / 8)
+    return llm
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_parts_of_a_pass_give_what_the_whole_gives(shape: str) -> None:
+    llm = moved(
+        loaded(small_config(f"llm.model_name_or_path=tiny:{shape}", lora=True, first_layer=1))
+    )
+    reference = llm.frozen()
+    assert reference.has_frozen_layers
+    packed = reference.pack(TREES)
+    whole_SD = reference.packed_states(packed)
+    below_SD = reference.states_below(packed)
+    assert torch.equal(reference.packed_states(packed, below_SD), whole_SD)
+    # The layers are there again, and adapters do not change what is below them.
+    assert torch.equal(reference.packed_states(packed), whole_SD)
+    base = llm.without_adapters()
+    assert torch.equal(base.states_below(packed), below_SD)
+    assert not torch.allclose(base.packed_states(packed), whole_SD, atol=1e-2)
+    # What a layer gives according to transformers.
+    with torch.no_grad():
+        inputs = llm.packed_inputs(packed)
+        between = llm.trunk(**inputs, use_cache=False, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(below_SD, between[1].flatten(0, 1), atol=1e-6, rtol=1e-6)
+
+
+def test_there_are_none_where_the_first_layer_or_something_beside_them_is_trained() -> None:
+    assert loaded(small_config(lora=True, first_layer=0)).frozen_layers is None
+    assert loaded(small_config()).frozen_layers is None  # all weights
+    trunk = loaded(small_config(lora=True, first_layer=1)).trunk
+    assert frozen_layers(trunk) is not None
+    trunk.get_parameter("embed_tokens.weight").requires_grad_()
+    assert frozen_layers(trunk) is None
+
+
+def test_a_model_whose_layers_hand_on_more_is_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = LlamaDecoderLayer.forward
+
+    def forward(self: object, hidden_states: object, **others: object) -> object:
+        first = hidden_states[0] if isinstance(hidden_states, tuple) else hidden_states
+        states = inner(self, first, **others)
+        is_last = self.self_attn.layer_idx == 1
+        return states if is_last else (states, states)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    llm = loaded(small_config(lora=True, first_layer=1))
+    assert llm.frozen_layers is None
+    assert llm.frozen().packed_states(llm.pack(TREES)).isfinite().all()
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Slots that the first layer has read, pass by pass."""
+    found: list[int] = []
+    inner = LlamaDecoderLayer.forward
+
+    def forward(self: LlamaDecoderLayer, hidden_states: torch.Tensor, **others: object) -> object:
+        if self.self_attn.layer_idx == 0:
+            found.append(hidden_states.shape[:2].numel())
+        return inner(self, hidden_states, **others)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    return found
+
+
+def taught(config: Config) -> Parts:
+    parts = small_parts(config)
+    moved(parts.llm)
+    learn_target(parts, config, parts.llm.frozen(), 1)
+    return parts
+
+
+def test_mining_reads_what_no_adapter_changes_once(reads: list[int]) -> None:
+    config = small_config("prompts.candidates=3", lora=True, first_layer=1)
+    parts, plain = taught(config), taught(config)
+    plain.llm.frozen_layers = None
+    reads.clear()
+    for iteration in (2, 3, 4):
+        reference = parts.llm.frozen()
+        chosen = prompts_to_sample(parts, config, reference, iteration)
+        assert chosen == prompts_to_sample(plain, config, plain.llm.frozen(), iteration)
+        for one in (parts, plain):  # as an update does
+            moved_a_little(one.llm)
+    read_once = sum(len(prompt.token_ids) for prompt in parts.prompts.training)
+    looked_at = [parts.prompts.of_iteration(i, 30, config.seed) for i in (2, 3, 4)]
+    read_again = sum(len(prompt.token_ids) for some in looked_at for prompt in some)
+    assert read_once + read_again <= sum(reads) <= 1.1 * (read_once + read_again)
+
+
+def moved_a_little(llm: LLM) -> None:
+    with torch.no_grad():
+        for weight in llm.trained_parameters().values():
+            weight.mul_(1.1)
+
+
+def test_states_are_not_kept_of_more_prompts_than_come_up_again_soon() -> None:
+    config = small_config(
+        "prompts.prompts_per_iteration=2", "prompts.candidates=2", lora=True, first_layer=1
+    )
+    parts = taught(config)
+    assert len(parts.prompts.training) > 8 * 4
+    assert len(prompts_to_sample(parts, config, parts.llm.frozen(), 2)) == 2
+    assert parts.states_below == {}
