@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from constrained_ft.attention import grow_in_place
 from constrained_ft.encoding import pad_id
+from constrained_ft.frozen_layers import StatesBelow
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.packing import Tree, pad_right
 
@@ -93,6 +94,7 @@ def decode_token_by_token(
     ids_BT = torch.zeros(rows, steps, dtype=torch.long, device=llm.device)
     mask_BT = torch.zeros(rows, steps, dtype=torch.bool, device=llm.device)
     hidden_BTD = hidden_GD.new_zeros(rows, steps, hidden_GD.shape[-1])
+    below_BTD = torch.zeros_like(hidden_BTD, dtype=torch.float32)
     # Rows that are decoded still, of all B; those among them that have not ended.
     going_G = torch.arange(rows, device=llm.device)
     alive_G = torch.ones(rows, dtype=torch.bool, device=llm.device)
@@ -126,7 +128,15 @@ def decode_token_by_token(
             mask_GL = mask_GL[kept]
         mask_GL = torch.cat([mask_GL, mask_GL.new_ones(len(mask_GL), 1)], 1)
         llm.slots.add(count, len(token_G))
-        hidden_GD, cache = llm.read(token_G[:, None], mask_GL, cache)
+        with llm.watched() as seen:
+            hidden_GD, cache = llm.read(token_G[:, None], mask_GL, cache)
+        for below_GLD in seen:
+            below_BTD[going_G, step] = below_GLD[:, 0].float()
+    if llm.below is not None:
+        lengths = (mask_BT.sum(-1) - 1).tolist()  # the last token was not read
+        for row, (ids, length) in enumerate(zip(ids_BT.tolist(), lengths, strict=True)):
+            stem, branch = tuple(prompts[row // repeats]), tuple(ids[:length])
+            llm.below.keep_branch(stem, branch, below_BTD[row, :length])
 
 
 def _can_select(cache: object) -> bool:
@@ -144,7 +154,11 @@ def _prefill(
     found = _read_packed(llm, prompts, mask_SL) if llm.packs else None
     if found is None:
         llm.slots.add(sum(map(len, prompts)), ids_SL.numel())
-        found = llm.read(ids_SL, mask_SL)
+        with llm.watched() as seen:
+            found = llm.read(ids_SL, mask_SL)
+        if llm.below is not None:
+            for ids, states_LD, mask_L in zip(prompts, seen[0], mask_SL.bool(), strict=True):
+                llm.below.keep(tuple(ids), states_LD[mask_L].float())
     hidden_SD, cache = found
     grow_in_place(cache)
     cache.batch_repeat_interleave(repeats)
@@ -164,9 +178,14 @@ def _read_packed(
     list of keys and values.
     """
     packed = llm.pack([Tree(stem=tuple(ids)) for ids in prompts])
-    states_PD, cache = llm.read_packed(packed)
+    with llm.watched() as seen:
+        states_PD, cache = llm.read_packed(packed)
     if not _can_select(cache):
         return None
+    if llm.below is not None:
+        below_PD = seen[0].flatten(0, 1).float()
+        for ids, stem in zip(prompts, packed.stems, strict=True):
+            llm.below.keep(tuple(ids), below_PD[stem.to(below_PD.device)])
     slots_SL = torch.zeros_like(mask_SL)  # what lies at the padding, nothing reads
     slots_SL[mask_SL.bool()] = torch.cat(packed.stems).to(llm.device)
     for layer in cache.layers:
@@ -280,7 +299,9 @@ def _states(
     return states_of_branches(llm, trees, ids_BT.shape[1])
 
 
-def states_of_branches(llm: FrozenLLM, trees: Sequence[Tree], steps: int) -> Float[Tensor, "B T D"]:
+def states_of_branches(
+    llm: FrozenLLM, trees: Sequence[Tree], steps: int, below: StatesBelow | None = None
+) -> Float[Tensor, "B T D"]:
     """The last hidden states that predict each token of the branches, tree by tree, and one more.
 
     One forward pass; positions past a branch's end hold arbitrary values.
@@ -289,11 +310,13 @@ def states_of_branches(llm: FrozenLLM, trees: Sequence[Tree], steps: int) -> Flo
         llm: what reads them.
         trees: prompts, and completions without their last token, which predicts nothing.
         steps: T, at least one more than a branch has tokens.
+        below: of these trees, where they were kept; None reads the whole of them.
     """
     packed = llm.pack(trees)
     slots_BT = torch.nn.utils.rnn.pad_sequence(list(packed.paths), batch_first=True)
     slots_BT = torch.nn.functional.pad(slots_BT, (0, steps - slots_BT.shape[1]))
-    return llm.packed_states(packed)[slots_BT.to(llm.device)]
+    below_SD = None if below is None else below.laid_out(trees, packed)
+    return llm.packed_states(packed, below_SD)[slots_BT.to(llm.device)]
 
 
 def truncate(probs_BV: Float[Tensor, "B V"], top_p: float) -> Float[Tensor, "B V"]:

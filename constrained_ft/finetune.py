@@ -31,6 +31,7 @@ from constrained_ft.distributed import World
 from constrained_ft.divergences import divergence_loss
 from constrained_ft.encoding import Row
 from constrained_ft.errors import DivergedError
+from constrained_ft.frozen_layers import StatesBelow
 from constrained_ft.fused import Labels, fused_losses
 from constrained_ft.llm import LLM
 from constrained_ft.machine import release_freed
@@ -271,8 +272,7 @@ def _losses_of_pass(
     trees = completion_trees(target.rollouts, rows_N)
     if not trees and not corpus:  # sharded weights: a rank without work takes part, for nothing
         trees = [Tree(stem=(0,))]
-    packed = llm.pack([*trees, *(Tree(stem=row.token_ids) for row in corpus)])
-    states_SD = llm.packed_states(packed)
+    packed, states_SD = _states_of_pass(llm, trees, corpus, target.below if len(rows_N) else None)
     head = llm.head
     slots_M, rows_M, steps_M = _kl_places(rows_N, packed)
     # Prefixes of rollouts and of the corpus are rows of their own, also where they are the same.
@@ -299,6 +299,25 @@ def _losses_of_pass(
             steps_M=steps_M,
         )
     return _corpus_loss(llm, states_SD, corpus, packed.stems[len(trees) :]), kl
+
+
+def _states_of_pass(
+    llm: LLM, trees: Sequence[Tree], corpus: Sequence[Row], below: StatesBelow | None
+) -> tuple[Packed, Float[Tensor, "S D"]]:
+    """Completions, then corpus rows, in a batch, and their states, with gradients.
+
+    Frozen layers read the corpus rows alone, where sampling kept what they made of the completions.
+    """
+    others = [Tree(stem=row.token_ids) for row in corpus]
+    packed = llm.pack([*trees, *others])
+    if below is None or not llm.begins_above:
+        return packed, llm.packed_states(packed)
+    below_SD = below.laid_out(trees, packed)
+    if others:
+        apart = llm.pack(others)
+        here_N, there_N = _joined(packed.stems[len(trees) :]), _joined(apart.stems)
+        below_SD[here_N.to(llm.device)] = llm.states_below(apart)[there_N.to(llm.device)].float()
+    return packed, llm.packed_states(packed, below_SD)
 
 
 def backward_of_corpus(llm: LLM, passes: Sequence[Sequence[Row]]) -> tuple[float, int]:

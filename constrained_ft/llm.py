@@ -23,9 +23,10 @@ from constrained_ft.config import LLMConfig
 from constrained_ft.distributed import World
 from constrained_ft.encoding import pad_id
 from constrained_ft.errors import ModelError
-from constrained_ft.frozen_layers import FrozenLayers, frozen_layers
+from constrained_ft.frozen_layers import FrozenLayers, StatesBelow, frozen_layers
 from constrained_ft.fused import Head
 from constrained_ft.packing import Packed, Slots, Tree, pack, pad_right
+from constrained_ft.randomness import seed_everything
 from constrained_ft.sharding import Root, divide_weights, gathered, put_weights, remove_weights
 
 _ROW_SLOTS = 256  # most of a packed row; longer ones spend more on attention than they save
@@ -68,6 +69,9 @@ class FrozenLLM:
         self.device = llm.device
         self.bf16 = llm.bf16
         self.slots = llm.slots
+        self.below: StatesBelow | None = None
+        """Where decoding keeps what frozen layers make of prompts and completions, if anywhere;
+        only where this `has_frozen_layers`."""
 
     @torch.no_grad()
     def trunk(self, **inputs: Any) -> Any:
@@ -186,11 +190,15 @@ class FrozenLLM:
 
         The same for every frozen copy of an LLM. Only where `has_frozen_layers`.
         """
+        return self._llm.states_below(packed)
+
+    def watched(self) -> AbstractContextManager[list[Float[Tensor, "B L D"]]]:
+        """A list that passes fill with the same, each with one tensor, where `below` is set."""
+        if self.below is None:
+            return nullcontext([])
         layers = self._llm.frozen_layers
         assert layers is not None
-        with layers.alone() as found:
-            self.read_packed(packed, keep=False)
-        return found[0].flatten(0, 1)
+        return layers.watched()
 
     def read_packed(self, packed: Packed, *, keep: bool = True) -> tuple[Float[Tensor, "S D"], Any]:
         """Last hidden states of every slot, and the model's cache, [B, L] as the batch is."""
@@ -251,6 +259,7 @@ class LLM:
         self.frozen_layers: FrozenLayers | None = None
         """The layers below the first trained one, where that can be run without them."""
         self.frozen_layers = _tried_out(self, frozen_layers(self.trunk))
+        self._still_below = _are_still(self)
 
     @property
     def head(self) -> Head:
@@ -279,6 +288,7 @@ class LLM:
     def shard(self, world: World) -> None:
         """Divide the weights among ranks, each of which has to do this; before an optimizer."""
         self._root, self._world = divide_weights(self.module, world), world
+        self.frozen_layers = None  # every pass gathers every layer
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -385,14 +395,45 @@ class LLM:
             "position_ids": packed.position_BL.to(self.device),
         }
 
-    def packed_states(self, packed: Packed) -> Float[Tensor, "S D"]:
-        """Last hidden states of every slot of a packed batch, with gradients."""
+    def packed_states(
+        self, packed: Packed, below_SD: Float[Tensor, "S D"] | None = None
+    ) -> Float[Tensor, "S D"]:
+        """Last hidden states of every slot of a packed batch, with gradients.
+
+        Args:
+            packed: the batch.
+            below_SD: what `states_below` has for its slots, where that was kept and the LLM
+                `begins_above`: those layers are not run again.
+        """
         self.slots.add(int(packed.lengths_B.sum()), packed.ids_BL.numel())
+        if below_SD is None or self.frozen_layers is None:
+            return self._pass(packed)
+        with self.frozen_layers.replaced_by(below_SD.view(*packed.ids_BL.shape, -1)):
+            return self._pass(packed)
+
+    def _pass(self, packed: Packed) -> Float[Tensor, "S D"]:
         with self.autocast():
             inputs = self.packed_inputs(packed)
             trunk = self._live.base_model
             hidden_BLD: Tensor = trunk(**inputs, use_cache=False).last_hidden_state
         return hidden_BLD.flatten(0, 1)
+
+    @property
+    def begins_above(self) -> bool:
+        """Whether an update's passes can begin with what `states_below` had before.
+
+        Not where layers drop something out when they train, or are computed again for the backward
+        pass.
+        """
+        return self.frozen_layers is not None and self._still_below and not self.checkpoints
+
+    @torch.no_grad()
+    def states_below(self, packed: Packed) -> Float[Tensor, "S D"]:
+        """What enters the first trained layer, for every slot; only with `frozen_layers`."""
+        assert self.frozen_layers is not None
+        with self.frozen_layers.alone() as found:
+            self._pass(packed)
+        return found[0].flatten(0, 1)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """What the optimizer moves, by name."""
@@ -572,16 +613,27 @@ def _tried_out(llm: LLM, layers: FrozenLayers | None) -> FrozenLayers | None:
     if layers is None:
         return None
     packed = llm.pack([Tree(stem=ids) for ids in _sequences(llm)])
-    whole_SD = llm.packed_states(packed)
     try:
-        with layers.alone() as found:
-            llm.packed_states(packed)
+        with layers.watched() as found:
+            whole_SD = llm.packed_states(packed)
         with layers.replaced_by(found[0]):
             parts_SD = llm.packed_states(packed)
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError):
         return None  # layers that hand on more than one state, for one
     real_S = torch.cat(packed.stems).to(llm.device)
     return layers if _agree(llm, parts_SD[real_S], whole_SD[real_S]) else None
+
+
+def _are_still(llm: LLM) -> bool:
+    """Whether training, as dropout does, changes nothing about the frozen layers."""
+    if llm.frozen_layers is None:
+        return False
+    packed = llm.pack([Tree(stem=ids) for ids in _sequences(llm)])
+    real_S = torch.cat(packed.stems).to(llm.device)
+    before_SD = llm.states_below(packed)
+    with seed_everything(0), llm.training():
+        meanwhile_SD = llm.states_below(packed)
+    return _agree(llm, meanwhile_SD[real_S], before_SD[real_S])
 
 
 def _agree(llm: LLM, states_SD: Float[Tensor, "S D"], right_SD: Float[Tensor, "S D"]) -> bool:

@@ -10,7 +10,7 @@ Where adapters begin in the middle of a model, what is below them makes the same
 every iteration: it is read once, and later passes begin there.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from torch import Tensor
 from constrained_ft.auxiliary import FrozenAuxiliary
 from constrained_ft.config import Config
 from constrained_ft.distributed import pack, unpack
+from constrained_ft.frozen_layers import StatesBelow
 from constrained_ft.fused import expected_satisfaction
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.packing import Packed, Tree
@@ -65,7 +66,7 @@ def prompt_satisfaction(
     reference: FrozenLLM,
     auxiliary: FrozenAuxiliary,
     prompts: Sequence[Prompt],
-    below: Mapping[str, Float[Tensor, "L D"]] | None = None,
+    below: StatesBelow | None = None,
 ) -> Float[Tensor, " S"]:
     """log R(x) of prompts that nothing was sampled for.
 
@@ -73,15 +74,15 @@ def prompt_satisfaction(
         reference: reads the prompts.
         auxiliary: R.
         prompts: what is looked at.
-        below: `Parts.states_below` of these prompts; nothing reads the whole of them.
+        below: of these prompts, where they were kept; None or empty reads the whole of them.
     """
     found = []
-    for some, packed in _batches(reference, prompts):
-        below_SD = _laid_out(below, some, packed) if below else None
+    for trees, packed in _batches(reference, prompts):
+        below_SD = below.laid_out(trees, packed) if below else None
         last_S = torch.stack([stem[-1] for stem in packed.stems]).to(reference.device)
         hidden_SD = reference.packed_states(packed, below_SD)[last_S].float()
         # What the first token is, R at the first position does not read.
-        ids_S1 = torch.zeros(len(some), 1, dtype=torch.long, device=reference.device)
+        ids_S1 = torch.zeros(len(trees), 1, dtype=torch.long, device=reference.device)
         evidence = auxiliary.read_examples(hidden_SD[:, None], ids_S1, torch.ones_like(ids_S1) > 0)
         guidance = auxiliary.table.guidance(
             reference.head, hidden_SD, evidence.factors_NTJR[:, 0], evidence.offset_NTJ[:, 0]
@@ -91,9 +92,7 @@ def prompt_satisfaction(
 
 
 @torch.no_grad()
-def _states_below(
-    parts: Parts, reference: FrozenLLM, looked_at: int
-) -> Mapping[str, Float[Tensor, "L D"]]:
+def _states_below(parts: Parts, reference: FrozenLLM, looked_at: int) -> StatesBelow:
     """`Parts.states_below`, of all training prompts at once; of none where keeping does not pay.
 
     Read in an order that the prompts alone decide, so that a resumed run has the same numbers.
@@ -103,27 +102,17 @@ def _states_below(
     pays = len(prompts) <= _COMES_UP * looked_at and kept <= _MOST_KEPT
     if not (pays and reference.has_frozen_layers) or parts.states_below:
         return parts.states_below
-    for some, packed in _batches(reference, prompts):
+    for trees, packed in _batches(reference, prompts):
         states_SD = reference.states_below(packed)
-        for prompt, stem in zip(some, packed.stems, strict=True):
-            parts.states_below[prompt.id] = states_SD[stem.to(states_SD.device)]
+        for tree, stem in zip(trees, packed.stems, strict=True):
+            parts.states_below.keep(tree.stem, states_SD[stem.to(states_SD.device)])
     return parts.states_below
 
 
 def _batches(
     reference: FrozenLLM, prompts: Sequence[Prompt]
-) -> Iterator[tuple[Sequence[Prompt], Packed]]:
+) -> Iterator[tuple[Sequence[Tree], Packed]]:
     """Prompts of one forward pass, and how they lie in it."""
     for start in range(0, len(prompts), _PROMPTS):
-        some = prompts[start : start + _PROMPTS]
-        yield some, reference.pack([Tree(stem=prompt.token_ids) for prompt in some])
-
-
-def _laid_out(
-    below: Mapping[str, Float[Tensor, "L D"]], prompts: Sequence[Prompt], packed: Packed
-) -> Float[Tensor, "S D"]:
-    """States of prompts at the slots that the prompts have in a batch; others are 0."""
-    states_ND = torch.cat([below[prompt.id] for prompt in prompts])
-    found_SD = states_ND.new_zeros(packed.ids_BL.numel(), states_ND.shape[1])
-    found_SD[torch.cat(packed.stems).to(states_ND.device)] = states_ND
-    return found_SD
+        trees = [Tree(stem=prompt.token_ids) for prompt in prompts[start : start + _PROMPTS]]
+        yield trees, reference.pack(trees)

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from constrained_ft.auxiliary import Auxiliary, ProductAuxiliary, vocabulary_prior
@@ -15,6 +14,7 @@ from constrained_ft.detection import Questions, load_questions
 from constrained_ft.distributed import StopRequest, World, pack, unpack
 from constrained_ft.errors import DivergedError, ScorerError
 from constrained_ft.fluency import require_sacrebleu
+from constrained_ft.frozen_layers import StatesBelow
 from constrained_ft.llm import LLM
 from constrained_ft.loading import load_context_length, load_llm, load_tokenizer
 from constrained_ft.memory import update_fits
@@ -67,9 +67,9 @@ class Parts:
     """Bytes at the peak; known once the base model was measured."""
     replay: list[LabeledRollouts] = field(default_factory=list)
     """What the auxiliary is fitted to, the newest iteration first."""
-    states_below: dict[str, Tensor] = field(default_factory=dict)
-    """By the id of a training prompt, [L, D]: what the layers below the first trained one make of
-    its tokens; empty until mining has read them."""
+    states_below: StatesBelow = field(default_factory=StatesBelow)
+    """What the layers below the first trained one make of every training prompt; empty until mining
+    has read them."""
 
     def remember(self, labeled: LabeledRollouts, earlier: int) -> None:
         """Put the newest rollouts first and keep so many earlier iterations, what was scored."""

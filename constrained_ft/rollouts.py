@@ -18,6 +18,7 @@ from torch import Tensor
 from constrained_ft.config import ConstraintConfig
 from constrained_ft.decoding import states_of_branches
 from constrained_ft.distributed import pack, unpack
+from constrained_ft.frozen_layers import StatesBelow
 from constrained_ft.labels import Settled, verdict
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.packing import Tree
@@ -211,14 +212,18 @@ def completion_trees(rollouts: Rollouts, rows_M: Int[Tensor, " M"]) -> list[Tree
 
 
 def completion_hidden_states(
-    llm: FrozenLLM, rollouts: Rollouts, rows: Int[Tensor, " N"]
+    llm: FrozenLLM,
+    rollouts: Rollouts,
+    rows: Int[Tensor, " N"],
+    below: StatesBelow | None = None,
 ) -> Float[Tensor, "N T D"]:
     """The hidden states of `llm` that predict each completion token of some rows.
 
-    One forward pass; positions past a completion's end hold arbitrary values. The rows of a prompt
-    have to be neighbours.
+    One forward pass, above frozen layers where what these said is in `below`; positions past a
+    completion's end hold arbitrary values. The rows of a prompt have to be neighbours.
     """
-    return states_of_branches(llm, completion_trees(rollouts, rows), rollouts.ids_NT.shape[1])
+    trees = completion_trees(rollouts, rows)
+    return states_of_branches(llm, trees, rollouts.ids_NT.shape[1], below)
 
 
 def joined(parts: Sequence[Rollouts], prompts: Sequence[Prompt]) -> Rollouts:

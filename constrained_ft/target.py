@@ -23,6 +23,7 @@ from constrained_ft.auxiliary import LOGIT_LIMIT, Evidence, FrozenAuxiliary, Tok
 from constrained_ft.config import Config, ConstraintConfig, GuardConfig
 from constrained_ft.distributed import StopRequest, World, pack, unpack
 from constrained_ft.fit import fit_auxiliary, quality_of
+from constrained_ft.frozen_layers import StatesBelow
 from constrained_ft.fused import Head, Labels, Tilt, expected_satisfaction, fused_losses
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.mining import prompts_to_sample
@@ -95,6 +96,8 @@ class Target:
     usable: bool
     """Whether an update may read it: false after a fault that `guard.on_failure` lets pass."""
     metrics: dict[str, float]
+    below: StatesBelow | None = None
+    """What frozen layers made of the rollouts, where this process kept it."""
 
     @property
     def iteration(self) -> int:
@@ -131,7 +134,7 @@ class Target:
         hidden_NTD = self.reference.hidden_NTD.clone()
         rows_M = rows_M.sort().values  # the rows of a prompt are neighbours then
         if len(rows_M) > 0:
-            hidden_NTD[rows_M] = states_of(reference, self.rollouts.take(rows_M))
+            hidden_NTD[rows_M] = states_of(reference, self.rollouts.take(rows_M), self.below)
         return replace(self, reference=Reference(hidden_NTD=hidden_NTD, head=reference.head))
 
     def gathered(self, rows_M: Int[Tensor, " M"], world: World) -> "Target":
@@ -145,10 +148,14 @@ class Target:
         return replace(self, reference=replace(self.reference, hidden_NTD=hidden_NTD))
 
 
-def states_of(llm: FrozenLLM, rollouts: Rollouts) -> Float[Tensor, "N T D"]:
+def states_of(
+    llm: FrozenLLM, rollouts: Rollouts, below: StatesBelow | None = None
+) -> Float[Tensor, "N T D"]:
     """Hidden states from a forward pass, the arithmetic that the update's own passes use."""
     rows_N = torch.arange(len(rollouts.prompt_N), device=llm.device)
-    hidden = [completion_hidden_states(llm, rollouts, rows) for rows in rows_N.split(_FORWARD_ROWS)]
+    hidden = [
+        completion_hidden_states(llm, rollouts, rows, below) for rows in rows_N.split(_FORWARD_ROWS)
+    ]
     return torch.cat(hidden)
 
 
@@ -161,12 +168,13 @@ def learn_target(parts: Parts, config: Config, reference: FrozenLLM, iteration: 
         Interrupted: when asked to stop.
     """
     before = {name: tensor.clone() for name, tensor in parts.auxiliary.state_dict().items()}
+    reference.below = StatesBelow() if _keeps_states_below(parts, config) else None
     labeled, metrics = learn_auxiliary(parts, config, reference, iteration)
     with parts.phases.during("target") as spent:
         auxiliary, head = parts.auxiliary.frozen(), reference.head
         target = build_target(labeled, auxiliary, head, config, world=parts.world)
         spent.tokens += int(labeled.rollouts.mask_NT.sum())
-    target = replace(target, metrics=target.metrics | metrics)
+    target = replace(target, metrics=target.metrics | metrics, below=reference.below)
     fault = fault_of_target(target, config.guard)
     if fault is not None:
         parts.tolerate(f"{fault} in iteration {iteration}", config.guard, "its target is not used")
@@ -180,6 +188,21 @@ def learn_target(parts: Parts, config: Config, reference: FrozenLLM, iteration: 
         own_N = rows_N.tensor_split(parts.world.size)[parts.world.rank]
         mine = target.with_reference(reference, own_N)
         return mine.gathered(rows_N, parts.world)
+
+
+def _keeps_states_below(parts: Parts, config: Config) -> bool:
+    """Whether the update reads what this process samples, in this iteration.
+
+    A checkpoint and other processes do not get what frozen layers said.
+    """
+    trainer = config.trainer
+    return (
+        parts.llm.begins_above
+        and trainer.schedule == "alternating"
+        and trainer.learns_target
+        and parts.everyone.size == 1
+        and config.sampler.kind == "cft"
+    )
 
 
 def fault_of_target(target: Target, guard: GuardConfig) -> str | None:

@@ -1,18 +1,21 @@
 """Layers that no adapter changes, against whole passes and transformers' own states of layers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small import SHAPES, small_config, small_parts
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from constrained_ft.config import Config
-from constrained_ft.frozen_layers import frozen_layers
+from constrained_ft.finetune import backward_of_step, corpus_rows, update_llm
+from constrained_ft.frozen_layers import StatesBelow, frozen_layers
 from constrained_ft.llm import LLM
 from constrained_ft.loading import load_llm
 from constrained_ft.mining import prompts_to_sample
 from constrained_ft.packing import Tree
 from constrained_ft.parts import Parts
-from constrained_ft.target import learn_target
+from constrained_ft.target import Target, build_target, learn_target, states_of
 from constrained_ft.tiny import byte_tokenizer
 
 TREES = [Tree(stem=(5, 6, 7, 8)), Tree(stem=(9, 10)), Tree(stem=(11, 12, 13))]
@@ -130,4 +133,96 @@ def test_states_are_not_kept_of_more_prompts_than_come_up_again_soon() -> None:
     parts = taught(config)
     assert len(parts.prompts.training) > 8 * 4
     assert len(prompts_to_sample(parts, config, parts.llm.frozen(), 2)) == 2
-    assert parts.states_below == {}
+    assert len(parts.states_below) == 0
+
+
+def gradient(parts: Parts, target: Target, config: Config) -> torch.Tensor:
+    rows_N = torch.arange(len(target.share_N))
+    batches = corpus_rows(parts, config, 0)
+    parts.optimization.optimizer.zero_grad()
+    with parts.llm.training():
+        losses = backward_of_step(parts.llm, target, rows_N, batches, config.trainer, 10.0)
+    assert losses["update/kl"] > 1e-4  # there is something to compare
+    gradients = [weight.grad for weight in parts.llm.trained_parameters().values()]
+    assert all(one is not None and one.abs().sum() > 0 for one in gradients)
+    return torch.cat([one.flatten() for one in gradients if one is not None])
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen2", "gemma"])
+def test_an_update_begins_above_what_sampling_kept(shape: str) -> None:
+    config = small_config(
+        f"llm.model_name_or_path=tiny:{shape}",
+        "trainer.gradient_accumulation_steps=2",
+        lora=True,
+        first_layer=1,
+    )
+    parts = small_parts(config)
+    moved(parts.llm)
+    target = learn_target(parts, config, parts.llm.frozen(), 1)
+    with torch.no_grad():  # an R with opinions
+        for parameter in parts.auxiliary.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    target = replace(
+        build_target(parts.replay[0], parts.auxiliary.frozen(), target.reference.head, config),
+        below=target.below,
+    )
+    assert target.below is not None
+    whole = replace(target, below=None)
+    reference = parts.llm.frozen()
+    states_NTD = states_of(reference, target.rollouts, target.below)
+    mask_NT = target.rollouts.mask_NT
+    torch.testing.assert_close(
+        states_NTD[mask_NT], states_of(reference, target.rollouts)[mask_NT], atol=1e-5, rtol=1e-5
+    )
+    found, wanted = gradient(parts, target, config), gradient(parts, whole, config)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-4
+    # It does read what was kept.
+    with pytest.raises(KeyError):
+        gradient(parts, replace(target, below=StatesBelow()), config)
+
+
+def test_frozen_layers_read_a_completion_once(reads: list[int]) -> None:
+    config = small_config("trainer.iterations=1", lora=True, first_layer=1)
+    parts = taught(config)
+    target = learn_target(parts, config, parts.llm.frozen(), 2)
+    corpus = [corpus_rows(parts, config, step) for step in range(2, 4)]
+    reads.clear()
+    update_llm(parts, target, config, 2)
+    tokens = sum(len(row.token_ids) for step in corpus for rows in step[0] for row in rows)
+    assert tokens <= sum(reads) <= 1.2 * tokens
+
+
+# With an overlapped target, a checkpoint would not have what was kept.
+@pytest.mark.parametrize("override", ["trainer=overlapped", "sampler=hf"])
+def test_updates_read_all_layers_of_what_is_not_kept(override: str) -> None:
+    config = small_config(override, lora=True, first_layer=1)
+    parts = small_parts(config)
+    assert parts.llm.begins_above
+    target = learn_target(parts, config, parts.llm.frozen(), 1)
+    assert target.below is None
+    assert update_llm(parts, target, config, 1)["update/kl"] >= 0
+
+
+def test_updates_read_all_layers_where_these_drop_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = LlamaDecoderLayer.forward
+
+    def forward(self: LlamaDecoderLayer, hidden_states: torch.Tensor, **others: object) -> object:
+        states = inner(self, hidden_states, **others)
+        return torch.nn.functional.dropout(states, 0.2, self.training)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    llm = loaded(small_config(lora=True, first_layer=1))
+    assert llm.frozen().has_frozen_layers  # mining does not train
+    assert not llm.begins_above
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_updates_that_compute_activations_twice_read_all_layers() -> None:
+    config = small_config(lora=True, first_layer=1)
+    parts = small_parts(config)
+    moved(parts.llm)
+    assert parts.llm.begins_above
+    parts.llm.checkpoint_activations()
+    target = learn_target(parts, config, parts.llm.frozen(), 1)
+    assert target.below is None
+    assert gradient(parts, target, config).isfinite().all()
