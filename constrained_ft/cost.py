@@ -6,7 +6,7 @@ and how far they were off.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 Sharding = Literal["none", "fsdp2"]
@@ -98,6 +98,8 @@ class Work:
     """Whether products with the vocabulary run in float32."""
     checkpoints: bool = False
     """Whether backward passes compute activations again."""
+    keeps_below: bool = False
+    """Whether sampling keeps what frozen layers say for the update of one process."""
     capacity: int = 256
     """Most tokens of a packed row."""
 
@@ -260,19 +262,48 @@ def row_of(work: Work, tokens: Number, row: Number) -> Number:
     return max(row, min(tokens, work.capacity))
 
 
+def above(shape: Shape) -> Shape:
+    """The layers from the first adapted one on."""
+    return replace(_some_layers(shape, shape.adapted), adapters=shape.adapters)
+
+
+def below(shape: Shape) -> Shape:
+    """The frozen layers below the first adapted one."""
+    return _some_layers(shape, 1 - shape.adapted)
+
+
+def _some_layers(shape: Shape, share: Number) -> Shape:
+    return replace(
+        shape,
+        products=round(share * shape.products),
+        outputs=round(share * shape.outputs),
+        linears=round(share * shape.linears),
+        layers=round(share * shape.layers),
+        adapters=0,
+        adapted=1.0,
+    )
+
+
+def _begins_above(work: Work, layout: Layout) -> bool:
+    """Whether the update reads what the same process sampled, in the same iteration."""
+    return work.keeps_below and layout.ranks == 1 and not layout.overlapped
+
+
 # The phases.
 
 
-def mining(shape: Shape, work: Work) -> Demand:
-    """The first rank reads the candidates; the others wait."""
+def mining(shape: Shape, work: Work, layout: Layout) -> Demand:
+    """The first rank reads the candidates; the others wait.
+
+    What frozen layers make of prompts that come up often is known since an earlier iteration.
+    """
     if work.candidates == 1:
         return NOTHING
     count = work.candidates * work.prompts
     tokens = count * work.prompt_tokens
+    read = above(shape) if layout.sharding == "none" else shape
     return (
-        forward(
-            shape, work, tokens, row_of(work, tokens, work.prompt_tokens), math.ceil(count / 64)
-        )
+        forward(read, work, tokens, row_of(work, tokens, work.prompt_tokens), math.ceil(count / 64))
         + vocabulary(shape, work, count, products=1, passes=_TARGET)
         + evidence(shape, work, count)
     )
@@ -370,7 +401,8 @@ def reference(shape: Shape, work: Work, layout: Layout) -> Demand:
     ranks = layout.updaters if fresh else layout.learners
     read = work.used * ((work.steps - 1) / work.steps if fresh else 1)
     own = read / ranks
-    found = forward(shape, work, *tree_tokens(work, own), math.ceil(own / 32))
+    layers = above(shape) if _begins_above(work, layout) else shape
+    found = forward(layers, work, *tree_tokens(work, own), math.ceil(own / 32))
     if fresh or not layout.peers:  # peers have whole weights
         found += _fetched(layout, copy_bytes(shape, work))
     if fresh or ranks == 1:
@@ -396,8 +428,13 @@ def update(shape: Shape, work: Work, layout: Layout) -> Demand:
     trains_head = int(shape.adapters == 0)
     kl_rows = rollouts * work.new_tokens
     passes = work.passes(ranks)
+    if _begins_above(work, layout):
+        read = forward(above(shape), work, tokens, context, passes)
+        read += forward(below(shape), work, corpus, row_of(work, corpus, work.row_tokens), passes)
+    else:
+        read = forward(shape, work, tokens, context, passes)
     step = (
-        forward(shape, work, tokens, context, passes)
+        read
         + backward(shape, work, tokens, context, passes)
         + vocabulary(shape, work, corpus, products=2 + trains_head, passes=_CE)
         + vocabulary(shape, work, kl_rows, products=2 + trains_head, passes=_KL)

@@ -178,7 +178,7 @@ def _demands(
 ) -> tuple[dict[str, Demand], dict[str, Demand], dict[str, Demand]]:
     """Of stage 1, of stage 2, and between them."""
     learning = {
-        "mining": cost.mining(shape, work),
+        "mining": cost.mining(shape, work, layout),
         "sampling": cost.sampling(shape, work, layout),
         "scoring": cost.scoring(work, layout),
         "auxiliary": cost.auxiliary(shape, work, layout),

@@ -21,6 +21,7 @@ from constrained_ft.fused import Head, Tilt, fused_losses
 from constrained_ft.llm import LLM
 from constrained_ft.loading import load_llm, load_tokenizer
 from constrained_ft.memory import activation_bytes
+from constrained_ft.packing import Tree
 from constrained_ft.prediction import DEVICES, best_layout, predict
 from constrained_ft.sizing import assumed_lengths, shape_of, work_of
 from constrained_ft.tiny import byte_tokenizer
@@ -108,6 +109,37 @@ def test_products_of_the_trunk_are_those_that_torch_counts(
         states.sum().backward()
     said = cost.backward(shape, work, tokens=80, context=40, passes=1)
     assert said.trunk == pytest.approx(back.get_total_flops(), rel=0.06)
+
+
+def test_products_of_either_part_of_the_trunk_are_those_that_torch_counts(deep: LLMConfig) -> None:
+    config = with_lora(deep, first_layer=4)
+    llm, shape, work = load(config), shape_of(config), replace(WORK, bf16=False)
+    packed = llm.pack([Tree(stem=tuple(range(40)))] * 2)
+    size = {"tokens": packed.ids_BL.numel(), "context": packed.ids_BL.shape[1], "passes": 1}
+    with FlopCounterMode(display=False) as alone:
+        states_SD = llm.states_below(packed)
+    below = cost.forward(cost.below(shape), work, **size).trunk
+    assert below == pytest.approx(alone.get_total_flops(), rel=0.02)
+    with FlopCounterMode(display=False) as rest:
+        llm.packed_states(packed, states_SD)
+    above = cost.forward(cost.above(shape), work, **size).trunk
+    assert above == pytest.approx(rest.get_total_flops(), rel=0.02)
+    assert below + above == pytest.approx(cost.forward(shape, work, **size).trunk, rel=1e-3)
+
+
+def test_one_process_begins_above_the_frozen_layers() -> None:
+    shape = replace(SHAPE, adapters=10_000_000, adapted=0.5)
+    kept = replace(WORK, keeps_below=True)
+    alone, two = Layout(), Layout(ranks=2)
+    for phase in (cost.update, cost.reference):
+        assert phase(shape, kept, alone).trunk < phase(shape, WORK, alone).trunk
+        assert phase(shape, kept, two) == phase(shape, WORK, two)
+        late = replace(alone, overlapped=True)
+        assert phase(shape, kept, late) == phase(shape, WORK, late)
+    mined = replace(WORK, candidates=8)
+    read = cost.mining(shape, mined, alone).trunk
+    whole = cost.mining(shape, mined, Layout(ranks=2, sharding="fsdp2")).trunk
+    assert 0.5 * whole < read < 0.6 * whole
 
 
 @pytest.mark.parametrize("trains_head", [False, True])
