@@ -291,6 +291,32 @@ def test_a_dry_run_for_gpus_that_are_not_here(cft: Cft) -> None:
     assert cft("train", "--dry-run", "--on", "abacus").code == 2
 
 
+def test_the_experiment_of_seven_billion_weights_is_dry_run(cft: Cft, tmp_path: Path) -> None:
+    command = ("train", "experiment=seven_billion", "data.name=OWNER/NAME", "--dry-run")
+    assert cft(*command).code == 2  # a peer needs a process of its own
+    shown = cft(*command, "--nproc-per-node", "8")
+    assert shown.code == 0
+    assert "meta-llama/Llama-2-7b-hf is not on this disk yet" in " ".join(shown.out.split())
+    assert list(tmp_path.glob("outputs")) == []
+    # With the files of a model of that size, of which a prediction reads the headers.
+    size = LlamaConfig(intermediate_size=11008, tie_word_embeddings=False, vocab_size=32000)
+    size.save_pretrained(tmp_path / "large")
+    with torch.device("meta"):
+        weights = AutoModelForCausalLM.from_config(size).state_dict()
+    assert sum(tensor.numel() for tensor in weights.values()) == 6_738_415_616  # Llama 2's
+    facts = {n: {"dtype": "BF16", "shape": list(one.shape)} for n, one in weights.items()}
+    header = json.dumps(facts).encode()
+    content = len(header).to_bytes(8, "little") + header
+    (tmp_path / "large/model.safetensors").write_bytes(content)
+    model = f"llm.model_name_or_path={tmp_path / 'large'}"
+    ran = cft(*command, model, "--nproc-per-node", "8", "--on", "h100")
+    assert ran.code == 0
+    text = " ".join(ran.out.split())
+    assert "256 x 8 = 2,048 completions of 20 tokens an iteration" in text
+    assert "One iteration, predicted: 8 processes on H100 SXM 80GB" in text
+    assert "hand over" in text  # peers
+
+
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
