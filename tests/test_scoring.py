@@ -138,6 +138,32 @@ def test_a_cache_can_be_counted_cleared_and_refused(tmp_path: Path) -> None:
         ScoreCache(tmp_path / "broken.sqlite")
 
 
+@pytest.mark.parametrize(
+    ("pragma", "said"),
+    [
+        ("max_page_count = 3", "database or disk is full"),
+        ("query_only = 1", "attempt to write a readonly database"),
+    ],
+)
+def test_a_score_that_cannot_be_kept_stops_the_run_and_loses_no_other(
+    tmp_path: Path, pragma: str, said: str
+) -> None:
+    file = tmp_path / "scores.sqlite"
+    cache = ScoreCache(file)
+    scorer = RememberingScorer(Watched(), cache)
+    score_all(scorer, ["p", "p"], ["a", "bb"])
+    (own,) = cache._open
+    own.execute(f"PRAGMA {pragma}")
+    many = [f"{i}" * 50 for i in range(400)]
+    message = rf"cannot use the kept scores in .*scores.sqlite: {said}; free space"
+    with pytest.raises(ScorerError, match=message) as caught:
+        score_all(scorer, ["p"] * len(many), many)
+    assert caught.value.exit_code == 3
+    assert score_all(scorer, ["p", "p"], ["a", "bb"]) == pytest.approx([1 / 2, 1 / 3])
+    cache.close()
+    assert ScoreCache(file).counts() == {"watched 1": 2}
+
+
 # Meanwhile ---------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,8 @@ import json
 import math
 import os
 import pickle
+import re
+import resource
 import shutil
 import signal
 from collections.abc import Mapping, Sequence
@@ -126,6 +128,21 @@ def killed_while_saving(world: World, stop: StopRequest, config: Config, path: P
         usual(file, tensors)
 
     checkpoint._write_tensors = write
+    train(config, RunFolder(path), Silent(), stop, world)
+
+
+def train_without_space(
+    world: World, stop: StopRequest, config: Config, path: Path, rank: int
+) -> None:
+    """From the second iteration's checkpoint on, one rank can write no file above 4 KiB."""
+    usual, saves = checkpoint.write_shards, itertools.count(1)
+
+    def write(*arguments: object) -> None:
+        if next(saves) == 3 and world.rank == rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        usual(*arguments)  # type: ignore[arg-type]
+
+    checkpoint.write_shards = write
     train(config, RunFolder(path), Silent(), stop, world)
 
 
@@ -280,6 +297,26 @@ def test_runs_are_continued_to_the_bit_and_by_another_number_of_ranks(
     assert {Path(name).suffix for name in manifest} == {".safetensors", ".json"}
     refuses_what_does_not_fit(newest)
     sees_harm(newest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_shard_that_cannot_be_written_ends_the_run_on_all_ranks(
+    rank: int, tmp_path: Path
+) -> None:
+    config = config_of(WHOLE_RUN, 4)
+    straight, full = (begun(config, tmp_path / name) for name in ("straight", "full"))
+    assert together(train_all, 2, [(config, straight)]) == [None, None]
+    for error in together(train_without_space, 2, config, full, rank):
+        assert isinstance(error, CheckpointError)
+        assert error.exit_code == 3
+        message = r"cannot write the checkpoint .*iteration_0002: shards: .*File too large"
+        assert re.search(message, str(error))
+    left = sorted(one.name for one in (full / "checkpoints").iterdir())
+    assert left == ["iteration_0000", "iteration_0001"]
+    assert checkpoint.newest(full / "checkpoints") == (full / "checkpoints/iteration_0001", [])
+    assert together(train_all, 2, [(config, full)]) == [None, None]
+    assert digests(full) == digests(straight)
 
 
 def test_rollback_takes_the_whole_update_back_on_all_ranks(tmp_path: Path) -> None:
