@@ -151,7 +151,7 @@ def _prefill(
 ) -> tuple[Tensor, Any, Tensor]:
     """The hidden states that predict the first tokens, the cache, and the mask, all repeated."""
     ids_SL, mask_SL = _left_padded(llm, prompts)
-    found = _read_packed(llm, prompts, mask_SL) if llm.packs else None
+    found = _read_packed(llm, prompts, mask_SL) if llm.moves_caches else None
     if found is None:
         llm.slots.add(sum(map(len, prompts)), ids_SL.numel())
         with llm.watched() as seen:

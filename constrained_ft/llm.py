@@ -156,9 +156,12 @@ class FrozenLLM:
         return length
 
     @property
-    def packs(self) -> bool:
-        """Whether sequences can lie side by side in a row."""
-        return self._llm.packs
+    def moves_caches(self) -> bool:
+        """Whether sequences can lie side by side in a row, and keys and values move from there.
+
+        The cache of a layer with a window counts what it has read.
+        """
+        return self._llm.packs and self._llm.window is None
 
     def pack(self, trees: Sequence[Tree]) -> Packed:
         """Lay trees out as this model takes them."""
@@ -254,6 +257,10 @@ class LLM:
         head = _head_of(module)
         self._frozen_head = None if head.weight_VD.requires_grad else head
         self.module.eval()
+        text = module.config.get_text_config()
+        self.window: int | None = getattr(text, "sliding_window", None)
+        """How many tokens back the model reads; None is all of them."""
+        self.packs = False
         _check_head(self)
         self.packs = _can_pack(self)
         self.frozen_layers: FrozenLayers | None = None
@@ -376,12 +383,19 @@ class LLM:
         return hidden
 
     def pack(self, trees: Sequence[Tree]) -> Packed:
-        """Lay trees out: side by side where the model can keep them apart, else a row for each."""
-        return pack(trees, _ROW_SLOTS, pad_id(self.tokenizer), apart=not self.packs)
+        """Lay trees out: side by side where the model can keep them apart, else a row for each.
+
+        A token of a row reads its sequence from the start, so no row is longer than a window that
+        limits how far back tokens read.
+        """
+        window = self.window or _ROW_SLOTS
+        longest = max((len(t.stem) + sum(map(len, t.branches)) for t in trees), default=0)
+        apart = not self.packs or (self.window is not None and longest > window)
+        return pack(trees, min(_ROW_SLOTS, window), pad_id(self.tokenizer), apart=apart)
 
     def packed_inputs(self, packed: Packed) -> dict[str, Tensor]:
         """Token ids, attention mask and positions of a packed batch."""
-        if not self.packs:
+        if packed.apart:
             return right_padded_inputs(
                 packed.ids_BL.to(self.device), packed.lengths_B.to(self.device)
             )
@@ -588,16 +602,16 @@ def _refuse_head(llm: LLM, how: str) -> NoReturn:
 @torch.no_grad()
 def _can_pack(llm: LLM) -> bool:
     """Whether the model keeps the sequences of one row apart, tried out on a few tokens."""
-    if getattr(llm.module.config.get_text_config(), "sliding_window", None) is not None:
-        return False  # the mask of a packed batch lets a token read its whole sequence
     first, second = _sequences(llm)
     trees = [
         Tree(stem=first, branches=(second[:4], second[4:])),
         Tree(stem=second, branches=(first,)),
     ]
     llm.packs = True
+    packed = llm.pack(trees)
+    if packed.apart:
+        return False  # a window of a few tokens
     try:
-        packed = llm.pack(trees)
         together = llm.packed_states(packed)[torch.cat(packed.paths)]
     except (RuntimeError, ValueError, IndexError, TypeError):
         return False  # flash attention, for one, takes no such mask

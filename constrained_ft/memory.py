@@ -157,8 +157,9 @@ def _training_bytes(llm: LLM, config: Config) -> int:
     prompts, width = config.prompts, llm.head.weight_VD.shape[1]
     kept = config.auxiliary.replay_iterations + 2
     tokens = prompts.completions * prompts.max_new_tokens
+    below = 4 * width * tokens * llm.begins_above  # what frozen layers said of the newest
     own = sum(own_part(one).numel() for one in llm.trained_parameters().values())
-    return 4 * 2 * own + kept * tokens * width * _state_bytes(llm)
+    return 4 * 2 * own + kept * tokens * width * _state_bytes(llm) + below
 
 
 def _num_trained(llm: LLM) -> int:

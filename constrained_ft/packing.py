@@ -57,6 +57,8 @@ class Packed:
     """Whether the token of the second to last axis reads that of the last."""
     lengths_B: Int[Tensor, " B"]
     """Slots in use."""
+    apart: bool
+    """Whether each row holds one sequence, from its start on."""
     stems: tuple[Int[Tensor, "..."], ...]
     """Of each tree, the slots of its stem."""
     paths: tuple[Int[Tensor, "..."], ...]
@@ -91,6 +93,7 @@ def pack(trees: Sequence[Tree], capacity: int, pad: int, *, apart: bool = False)
         position_BL=position_BL,
         mask_B1LL=mask_BLL[:, None],
         lengths_B=torch.tensor([len(row.ids) for row in rows]),
+        apart=apart,
         stems=_by_key(stems, length),
         paths=_by_key(paths, length),
     )

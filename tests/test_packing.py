@@ -1,15 +1,27 @@
 """Packed batches: where every token lands, and that it reads its own sequence and no other."""
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
-from small import SHAPES, prompt, tiny_llm
+from small import SHAPES, small_config, tiny_llm
 from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    MistralConfig,
+    PreTrainedConfig,
+)
 
 from constrained_ft.compose import compose
+from constrained_ft.decoding import decode
 from constrained_ft.llm import LLM
 from constrained_ft.loading import load_llm, load_tokenizer
 from constrained_ft.packing import Packed, Tree, pack
-from constrained_ft.tiny import tiny_model
+from constrained_ft.tiny import byte_tokenizer, tiny_model
 
 TREES = [
     Tree(stem=(11, 12, 13), branches=((14, 15), (), (16, 17, 18, 19))),
@@ -136,10 +148,77 @@ def test_the_default_model_is_packed(precision: str) -> None:
     assert llm.packs
 
 
-def test_a_sliding_window_is_not_packed() -> None:
-    llm = tiny_llm("llama")
-    llm.module.config.sliding_window = 4
-    again = LLM(llm.module, llm.tokenizer, config=llm.config, peft_model=None, bf16=False)
-    assert not again.packs
-    ids = prompt("windows").token_ids
-    assert len(again.pack([Tree(stem=ids), Tree(stem=ids)]).ids_BL) == 2
+WINDOWED: dict[str, Callable[..., PreTrainedConfig]] = {
+    "mistral": MistralConfig,
+    "gemma2": partial(Gemma2Config, final_logit_softcapping=None),
+    "gemma3": partial(Gemma3TextConfig, layer_types=["sliding_attention", "full_attention"]),
+}
+
+
+def windowed(name: str, window: int, folder: Path) -> LLM:
+    """A tiny model some of whose layers read so many tokens back and no more."""
+    torch.manual_seed(0)
+    config = WINDOWED[name](
+        vocab_size=257,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=window,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():  # windows matter more where attention is sharp
+        for parameter in module.parameters():
+            parameter.mul_(3 if parameter.dim() > 1 else 1)
+    module.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    llm = small_config().llm.model_copy(update={"model_name_or_path": str(folder)})
+    return load_llm(llm, load_tokenizer(llm), precision="fp32", seed=0)
+
+
+@pytest.mark.parametrize("window", [4, 24, 64])
+@pytest.mark.parametrize("name", WINDOWED)
+def test_sequences_that_fit_into_a_sliding_window_are_packed(
+    name: str, window: int, tmp_path: Path
+) -> None:
+    llm = windowed(name, window, tmp_path)
+    reference = llm.frozen()
+    assert llm.packs == (window > 4)
+    short = [Tree(stem=tuple(range(20, 28)), branches=((30, 31), (32, 33, 34))), Tree(stem=(5, 6))]
+    long = [*short, Tree(stem=tuple(range(40, 80)))]
+    for trees, fits in ((short, window > 4), (long, window == 64)):
+        packed = llm.pack(trees)
+        assert packed.apart != fits
+        found_SD = reference.packed_states(packed)
+        sequences = [tree.stem for tree in trees]
+        slots = list(packed.stems)
+        for branch, path in zip(short[0].branches, packed.paths, strict=True):
+            sequences.append((*trees[0].stem, *branch))
+            slots.append(torch.cat([packed.stems[0][:-1], path]))
+        for ids, own in zip(sequences, slots, strict=True):
+            with torch.no_grad():
+                whole = llm.trunk(input_ids=torch.tensor([ids]), use_cache=False)
+            wanted = whole.last_hidden_state[0]
+            torch.testing.assert_close(found_SD[own], wanted, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [6, 64])
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_model_with_a_window_decodes_what_it_predicts(
+    name: str, window: int, tmp_path: Path
+) -> None:
+    llm = windowed(name, window, tmp_path).frozen()
+    prompts = [tuple(range(20, 25)), tuple(range(30, 39))]
+    uniforms_BT = torch.rand(6, 12, dtype=torch.float64, generator=torch.manual_seed(1))
+    found = decode(llm, prompts, uniforms_BT)
+    for row, (ids_T, mask_T) in enumerate(zip(found.ids_BT, found.mask_BT, strict=True)):
+        prompt_ = prompts[row // 3]
+        said = ids_T[mask_T].tolist()
+        whole = llm.trunk(input_ids=torch.tensor([[*prompt_, *said[:-1]]]), use_cache=False)
+        wanted = whole.last_hidden_state[0, len(prompt_) - 1 :]
+        torch.testing.assert_close(found.hidden_BTD[row, mask_T], wanted, atol=2e-5, rtol=1e-4)
