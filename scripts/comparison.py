@@ -29,6 +29,12 @@ class Method:
     note: str = ""
     iterations: int = ITERATIONS
 
+    @property
+    def learns_r(self) -> bool:
+        """Whether it is cft or a variant of it: with the trainer that learns R."""
+        trainers = {one for one in self.overrides if one.startswith("trainer=")}
+        return trainers <= {"trainer=overlapped"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:

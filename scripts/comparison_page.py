@@ -10,9 +10,13 @@ from typing import Any
 import numpy as np
 import time_to_reduction
 from comparison import ABLATIONS, EXTRAS, ITERATIONS, MAIN, OTHERS, ROOT, cells, recorded
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.ticker import LogLocator
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from constrained_ft.intervals import Interval, bootstrap
@@ -145,24 +149,70 @@ def _differences(row: Row, other: Row) -> NDArray[np.float64]:
 
 
 def plot(rows: Sequence[Row], file: Path) -> None:
-    """Toxic share against the perplexity of held-out news, every seed a point."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    """Toxic share against the perplexity of held-out news, every seed a point.
+
+    Triangles are variants of cft; lines join the seeds of a method.
+    """
+    variants = {method.name for method in (*OTHERS, *ABLATIONS) if method.learns_r}
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for row in rows:
-        xs = row.perplexities()
-        if not xs:
-            continue
-        ys = [100 * model["groups"][row.group()]["violation"]["mean"] for model in row.models]
-        axes.scatter(xs, ys, s=28)
-        axes.annotate(row.label, (xs[0], ys[0]), xytext=(6, 4), textcoords="offset points")
     axes.set(xlabel="perplexity of held-out news", ylabel="toxic, % (log)", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.margins(0.12)
     axes.grid(alpha=0.3)
+    shown = [(row, row.perplexities()) for row in rows if row.perplexities()]
+    points: list[tuple[float, float]] = []
+    for number, (row, xs) in enumerate(shown):
+        ys = [100 * model["groups"][row.group()]["violation"]["mean"] for model in row.models]
+        color = colormaps["tab20"](number % 20)
+        marker = "^" if row.label in variants else "o"
+        axes.plot(xs, ys, marker=marker, markersize=5.5, linewidth=0.7, color=color)
+        points += zip(xs, ys, strict=True)
+    canvas.draw()
+    taken = [_around(*axes.transData.transform(point)) for point in points]
+    first = 0
+    for row, xs in shown:
+        taken.append(_name(axes, canvas, row.label, points[first], taken))
+        first += len(xs)
     with rc_context({"svg.hashsalt": "cft"}):  # the same numbers, the same file
         figure.savefig(file, metadata={"Date": None})
+
+
+_BESIDE = [
+    *((6, 4, "left"), (6, -11, "left"), (-6, 4, "right"), (-6, -11, "right")),
+    *((0, 9, "center"), (0, -17, "center"), (10, 14, "left"), (10, -22, "left")),
+]
+"""Where a name may stand, in points from what it names: the first place that is free."""
+
+
+def _name(
+    axes: Axes,
+    canvas: FigureCanvasAgg,
+    label: str,
+    at: tuple[float, float],
+    taken: Sequence[Bbox],
+) -> Bbox:
+    """Write a name beside a point, over nothing else if there is room; returns where it stands."""
+    tried: list[tuple[int, Annotation, Bbox]] = []
+    for right, up, side in _BESIDE:
+        text = axes.annotate(
+            label, at, xytext=(right, up), textcoords="offset points", ha=side, fontsize=9
+        )
+        box = text.get_window_extent(canvas.get_renderer())
+        tried.append((box.count_overlaps(taken), text, box))
+    best = min(tried, key=lambda one: one[0])
+    for _, text, _ in tried:
+        if text is not best[1]:
+            text.remove()
+    return best[2]
+
+
+def _around(x: float, y: float) -> Bbox:
+    """The pixels of a marker."""
+    return Bbox.from_extents(x - 4, y - 4, x + 4, y + 4)
 
 
 def render() -> None:
@@ -177,6 +227,7 @@ def render() -> None:
             plot(rows, FRONT)
             lines += [*_notes(rows), ""]
             lines += [f"![toxic share against perplexity]({FRONT.name})", ""]
+            lines += ["Triangles are variants of cft; a line joins the seeds of a method.", ""]
             lines += [*_benchmarks()]
         lines += [*_beside_cft(rows), "", *([WHY[scenario], ""] if scenario in WHY else [])]
         lines += [*_detection(rows)]
