@@ -200,6 +200,25 @@ def test_an_answer_that_is_lost_is_asked_for_again(stub: SamplingStub, tmp_path:
     assert len(rollouts.texts) == 6
 
 
+def test_a_server_that_does_not_answer_in_time_is_asked_again_and_given_up(
+    stub: SamplingStub, tmp_path: Path
+) -> None:
+    stub.fault = "slow"  # a second for each answer
+    hasty = server_of(stub, tmp_path, timeout=0.2, patience=0.5)
+    with pytest.raises(SamplingError, match=r"no answer within 0\.2 s") as caught:
+        sampled(hasty, trained_llm(), samples=1)
+    assert caught.value.exit_code == 4
+    assert len(stub.asked) > 1
+    assert len(sampled(server_of(stub, tmp_path), trained_llm(), samples=1).texts) == 2
+
+
+def test_a_server_that_is_gone_is_said(stub: SamplingStub, tmp_path: Path) -> None:
+    gone = SamplingStub(stub.base)
+    gone.close()
+    with pytest.raises(SamplingError, match=r"Connection refused \(http://127"):
+        sampled(server_of(gone, tmp_path, patience=0.3), trained_llm())
+
+
 def test_what_an_earlier_attempt_left_is_unloaded(stub: SamplingStub, tmp_path: Path) -> None:
     llm, server = trained_llm(), server_of(stub, tmp_path)
     ours = sampled(server, llm).sampled_by
