@@ -100,6 +100,8 @@ class Work:
     """Whether backward passes compute activations again."""
     keeps_below: bool = False
     """Whether sampling keeps what frozen layers say for the update of one process."""
+    keeps_prompts: bool = False
+    """Whether mining keeps what frozen layers say of prompts, which come up again soon."""
     capacity: int = 256
     """Most tokens of a packed row."""
 
@@ -301,7 +303,8 @@ def mining(shape: Shape, work: Work, layout: Layout) -> Demand:
         return NOTHING
     count = work.candidates * work.prompts
     tokens = count * work.prompt_tokens
-    read = above(shape) if layout.sharding == "none" else shape
+    whole = layout.peers > 0 or shards(layout) == 1
+    read = above(shape) if work.keeps_prompts and whole else shape
     return (
         forward(read, work, tokens, row_of(work, tokens, work.prompt_tokens), math.ceil(count / 64))
         + vocabulary(shape, work, count, products=1, passes=_TARGET)

@@ -3,8 +3,8 @@
 Shape suffixes:  S prompts, L prompt positions, B rows decoded together, G of them that are not
 finished, T completion positions, D hidden width, V vocabulary.
 
-Each prompt is read once, without padding, and its cache repeated for its completions; a token costs
-each row one uniform number; rows that have ended are taken out; the hidden states that predict each
+Each prompt is read once, without padding unless the model has a sliding window, and its cache
+repeated for its completions; a token costs each row one uniform number; rows that have ended are taken out; the hidden states that predict each
 token are kept.
 """
 
@@ -94,7 +94,7 @@ def decode_token_by_token(
     ids_BT = torch.zeros(rows, steps, dtype=torch.long, device=llm.device)
     mask_BT = torch.zeros(rows, steps, dtype=torch.bool, device=llm.device)
     hidden_BTD = hidden_GD.new_zeros(rows, steps, hidden_GD.shape[-1])
-    below_BTD = torch.zeros_like(hidden_BTD, dtype=torch.float32)
+    below_BTD = torch.zeros_like(hidden_BTD[:, : steps * (llm.below is not None)]).float()
     # Rows that are decoded still, of all B; those among them that have not ended.
     going_G = torch.arange(rows, device=llm.device)
     alive_G = torch.ones(rows, dtype=torch.bool, device=llm.device)

@@ -5,7 +5,7 @@ Sampling runs them for every token. Whoever reads those tokens again can begin a
 Shape suffixes:  B rows, L slots of a row, S all slots, D hidden width.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from constrained_ft.packing import Packed, Tree
 
 _Ids = tuple[int, ...]
+
+_COMES_UP = 8  # iterations within which a prompt is looked at again, if states of all are kept
+_MOST_KEPT = 2**28  # bytes of these states
 
 
 class FrozenLayers:
@@ -42,11 +45,27 @@ class FrozenLayers:
         finally:
             handle.remove()
 
-    @contextmanager
-    def alone(self) -> Iterator[list[Float[Tensor, "B L D"]]]:
-        """The same without the other layers."""
-        with self.watched() as found, _passed_over(self._others):
-            yield found
+    def alone(self, run: Callable[[], object]) -> Float[Tensor, "B L D"]:
+        """What these give in a pass, which ends with them.
+
+        Args:
+            run: the pass.
+
+        Raises:
+            LookupError: when the pass did not come to the first of the other layers.
+        """
+
+        def end(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _SeenError(_states(args, kwargs))
+
+        handle = self._others[0].register_forward_pre_hook(end, with_kwargs=True)
+        try:
+            run()
+        except _SeenError as seen:
+            return seen.states_BLD
+        finally:
+            handle.remove()
+        raise LookupError("the pass left the first trained layer out")
 
     @contextmanager
     def replaced_by(self, states_BLD: Float[Tensor, "B L D"]) -> Iterator[None]:
@@ -68,6 +87,14 @@ class FrozenLayers:
             handle.remove()
 
 
+class _SeenError(Exception):
+    """Ends a pass."""
+
+    def __init__(self, states_BLD: Tensor) -> None:
+        super().__init__()
+        self.states_BLD = states_BLD
+
+
 class StatesBelow:
     """What frozen layers made of prompts and completions: the input of the first trained layer."""
 
@@ -87,6 +114,11 @@ class StatesBelow:
         """Keep those of a completion of a prompt, for the completion's own tokens."""
         self._branches[stem, branch] = states_LD
 
+    def clear(self) -> None:
+        """Forget all."""
+        self._stems.clear()
+        self._branches.clear()
+
     def laid_out(self, trees: Sequence[Tree], packed: Packed) -> Float[Tensor, "S D"]:
         """The states at the slots that trees have in a batch, which begins with them; 0 elsewhere.
 
@@ -100,8 +132,12 @@ class StatesBelow:
             states.append(self._stems[tree.stem])
             slots.append(stem)
             for branch in tree.branches:
+                path = next(paths)
+                if packed.apart:  # behind a copy of the stem
+                    states.append(self._stems[tree.stem])
+                    slots.append(torch.arange(len(stem)) + path[0] + 1 - len(stem))
                 states.append(self._branches[tree.stem, branch])
-                slots.append(next(paths)[1:])
+                slots.append(path[1:])
         states_ND = torch.cat(states)
         found_SD = states_ND.new_zeros(packed.ids_BL.numel(), states_ND.shape[1])
         found_SD[torch.cat(slots).to(states_ND.device)] = states_ND
@@ -109,6 +145,18 @@ class StatesBelow:
 
 
 _STATES = "hidden_states"  # what layers call their input, where it is not simply the first
+
+
+def kept_bytes(lengths: Sequence[int], looked_at: int, width: int) -> int:
+    """Bytes of the states of all prompts; 0 where keeping them between iterations does not pay.
+
+    Args:
+        lengths: of the prompts, in tokens.
+        looked_at: prompts that an iteration reads.
+        width: D.
+    """
+    count = 4 * width * sum(lengths)
+    return count if len(lengths) <= _COMES_UP * looked_at and count <= _MOST_KEPT else 0
 
 
 def frozen_layers(trunk: nn.Module) -> FrozenLayers | None:

@@ -385,11 +385,11 @@ class LLM:
     def pack(self, trees: Sequence[Tree]) -> Packed:
         """Lay trees out: side by side where the model can keep them apart, else a row for each.
 
-        A token of a row reads its sequence from the start, so no row is longer than a window that
-        limits how far back tokens read.
+        There a token reads its sequence from the start, so no sequence may be longer than a window
+        that limits how far back tokens read.
         """
         window = self.window or _ROW_SLOTS
-        longest = max((len(t.stem) + sum(map(len, t.branches)) for t in trees), default=0)
+        longest = max(len(t.stem) + max(map(len, t.branches), default=0) for t in trees)
         apart = not self.packs or (self.window is not None and longest > window)
         return pack(trees, min(_ROW_SLOTS, window), pad_id(self.tokenizer), apart=apart)
 
@@ -443,11 +443,12 @@ class LLM:
 
     @torch.no_grad()
     def states_below(self, packed: Packed) -> Float[Tensor, "S D"]:
-        """What enters the first trained layer, for every slot; only with `frozen_layers`."""
+        """What enters the first trained layer, for every slot; only with `frozen_layers`.
+
+        Not counted as read: whoever goes on from there counts the tokens.
+        """
         assert self.frozen_layers is not None
-        with self.frozen_layers.alone() as found:
-            self._pass(packed)
-        return found[0].flatten(0, 1)
+        return self.frozen_layers.alone(lambda: self._pass(packed)).flatten(0, 1)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """What the optimizer moves, by name."""
@@ -627,20 +628,20 @@ def _tried_out(llm: LLM, layers: FrozenLayers | None) -> FrozenLayers | None:
     if layers is None:
         return None
     packed = llm.pack([Tree(stem=ids) for ids in _sequences(llm)])
+    whole_SD = llm.packed_states(packed)
     try:
-        with layers.watched() as found:
-            whole_SD = llm.packed_states(packed)
-        with layers.replaced_by(found[0]):
+        states_BLD = layers.alone(lambda: llm.packed_states(packed))
+        with layers.replaced_by(states_BLD):
             parts_SD = llm.packed_states(packed)
-    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError):
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError):
         return None  # layers that hand on more than one state, for one
     real_S = torch.cat(packed.stems).to(llm.device)
     return layers if _agree(llm, parts_SD[real_S], whole_SD[real_S]) else None
 
 
 def _are_still(llm: LLM) -> bool:
-    """Whether training, as dropout does, changes nothing about the frozen layers."""
-    if llm.frozen_layers is None:
+    """Whether training changes nothing about the frozen layers: drops no number, and no layer."""
+    if llm.frozen_layers is None or getattr(llm.module.config, "layerdrop", 0.0) > 0:
         return False
     packed = llm.pack([Tree(stem=ids) for ids in _sequences(llm)])
     real_S = torch.cat(packed.stems).to(llm.device)

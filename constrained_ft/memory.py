@@ -10,6 +10,7 @@ import torch
 
 from constrained_ft.config import Config
 from constrained_ft.distributed import World
+from constrained_ft.frozen_layers import kept_bytes
 from constrained_ft.fused import Labels, Tilt, buffered_rows, fused_losses
 from constrained_ft.llm import LLM
 from constrained_ft.machine import release_freed
@@ -89,7 +90,7 @@ def estimate_memory(
     # What samples is a frozen copy; measuring the fine-tuned model needs two.
     others += held + _copy_bytes(llm)
     prepared = _PREPARED if llm.device.type == "cpu" and llm.bf16 else 0
-    peak = _training_bytes(llm, config) + prepared + max(update, others)
+    peak = _training_bytes(llm, prompts, config) + prepared + max(update, others)
     return max(peak, peak_memory(llm.device) or 0)
 
 
@@ -145,21 +146,33 @@ def update_fits(llm: LLM, prompts: Prompts, config: Config, shards: int = 1) -> 
             a gradient and of two moments of what is trained.
     """
     spare = spare_memory(llm.device)
-    added = _training_bytes(llm, config) + _update_bytes(llm, prompts, config)
+    added = _training_bytes(llm, prompts, config) + _update_bytes(llm, prompts, config)
     weights = sum(weight.numel() * weight.element_size() for weight in llm.module.parameters())
     divided = weights + 4 * 3 * _num_trained(llm)
     added -= divided - divided // shards
     return spare is None or added < _USABLE * spare
 
 
-def _training_bytes(llm: LLM, config: Config) -> int:
-    """Moments of what is trained, and rollouts that are kept."""
-    prompts, width = config.prompts, llm.head.weight_VD.shape[1]
+def _training_bytes(llm: LLM, prompts: Prompts, config: Config) -> int:
+    """Moments of what is trained, rollouts that are kept, and what frozen layers said."""
+    sampled, width = config.prompts, llm.head.weight_VD.shape[1]
     kept = config.auxiliary.replay_iterations + 2
-    tokens = prompts.completions * prompts.max_new_tokens
-    below = 4 * width * tokens * llm.begins_above  # what frozen layers said of the newest
+    tokens = sampled.completions * sampled.max_new_tokens
+    below = _below_bytes(llm, prompts, config)
     own = sum(own_part(one).numel() for one in llm.trained_parameters().values())
     return 4 * 2 * own + kept * tokens * width * _state_bytes(llm) + below
+
+
+def _below_bytes(llm: LLM, prompts: Prompts, config: Config) -> int:
+    """What frozen layers said of mined prompts, and of the newest completions behind theirs."""
+    sampled, width = config.prompts, llm.head.weight_VD.shape[1]
+    found = 0
+    if llm.frozen_layers is not None and sampled.candidates > 1:
+        looked_at = sampled.prompts_per_iteration * sampled.candidates
+        found += kept_bytes([len(one.token_ids) for one in prompts.training], looked_at, width)
+    if llm.begins_above and config.trainer.schedule == "alternating":
+        found += 4 * width * sampled.completions * sampled.max_new_tokens
+    return found
 
 
 def _num_trained(llm: LLM) -> int:

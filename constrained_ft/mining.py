@@ -19,7 +19,7 @@ from torch import Tensor
 from constrained_ft.auxiliary import FrozenAuxiliary
 from constrained_ft.config import Config
 from constrained_ft.distributed import pack, unpack
-from constrained_ft.frozen_layers import StatesBelow
+from constrained_ft.frozen_layers import StatesBelow, kept_bytes
 from constrained_ft.fused import expected_satisfaction
 from constrained_ft.llm import FrozenLLM
 from constrained_ft.packing import Packed, Tree
@@ -27,8 +27,6 @@ from constrained_ft.parts import Parts
 from constrained_ft.prompts import Prompt
 
 _PROMPTS = 64  # in one forward pass
-_COMES_UP = 8  # iterations within which a prompt is looked at again, if states of all are kept
-_MOST_KEPT = 2**28  # bytes of these states
 _LOOKED_AT = 4  # prompts of an iteration, where nothing is learned from what is sampled
 
 
@@ -98,8 +96,7 @@ def _states_below(parts: Parts, reference: FrozenLLM, looked_at: int) -> StatesB
     Read in an order that the prompts alone decide, so that a resumed run has the same numbers.
     """
     prompts, width = parts.prompts.training, reference.head.weight_VD.shape[1]
-    kept = 4 * width * sum(len(prompt.token_ids) for prompt in prompts)
-    pays = len(prompts) <= _COMES_UP * looked_at and kept <= _MOST_KEPT
+    pays = kept_bytes([len(prompt.token_ids) for prompt in prompts], looked_at, width) > 0
     if not (pays and reference.has_frozen_layers) or parts.states_below:
         return parts.states_below
     for trees, packed in _batches(reference, prompts):

@@ -261,6 +261,7 @@ def work_of(config: Config, lengths: Lengths, updaters: int, *, on_paper: bool =
         bf16=bf16,
         wide_head=not frozen_bf16 or on_paper or default_device().type != "cpu",
         checkpoints=config.llm.gradient_checkpointing is True,
+        keeps_prompts=True,
         keeps_below=config.sampler.kind == "cft" and config.llm.gradient_checkpointing is not True,
     )
 

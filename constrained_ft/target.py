@@ -168,7 +168,7 @@ def learn_target(parts: Parts, config: Config, reference: FrozenLLM, iteration: 
         Interrupted: when asked to stop.
     """
     before = {name: tensor.clone() for name, tensor in parts.auxiliary.state_dict().items()}
-    reference.below = StatesBelow() if _keeps_states_below(parts, config) else None
+    reference.below = StatesBelow() if _keeps_states_below(parts, config, iteration) else None
     labeled, metrics = learn_auxiliary(parts, config, reference, iteration)
     with parts.phases.during("target") as spent:
         auxiliary, head = parts.auxiliary.frozen(), reference.head
@@ -190,7 +190,7 @@ def learn_target(parts: Parts, config: Config, reference: FrozenLLM, iteration: 
         return mine.gathered(rows_N, parts.world)
 
 
-def _keeps_states_below(parts: Parts, config: Config) -> bool:
+def _keeps_states_below(parts: Parts, config: Config, iteration: int) -> bool:
     """Whether the update reads what this process samples, in this iteration.
 
     A checkpoint and other processes do not get what frozen layers said.
@@ -199,6 +199,7 @@ def _keeps_states_below(parts: Parts, config: Config) -> bool:
     return (
         parts.llm.begins_above
         and trainer.schedule == "alternating"
+        and iteration <= trainer.iterations
         and trainer.learns_target
         and parts.everyone.size == 1
         and config.sampler.kind == "cft"

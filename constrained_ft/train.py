@@ -86,6 +86,8 @@ def train(
         assert iteration - target.iteration == (0 if waits else 1)
 
         row = _update(parts, target, config, folder, iteration)
+        if target.below is not None:
+            target.below.clear()  # nothing reads it again
         updated = time.monotonic()
 
         target = pending.wait()  # nothing is in flight past this line, so it is safe to save

@@ -136,10 +136,12 @@ def test_one_process_begins_above_the_frozen_layers() -> None:
         assert phase(shape, kept, two) == phase(shape, WORK, two)
         late = replace(alone, overlapped=True)
         assert phase(shape, kept, late) == phase(shape, WORK, late)
-    mined = replace(WORK, candidates=8)
+    mined = replace(WORK, candidates=8, keeps_prompts=True)
     read = cost.mining(shape, mined, alone).trunk
     whole = cost.mining(shape, mined, Layout(ranks=2, sharding="fsdp2")).trunk
     assert 0.5 * whole < read < 0.6 * whole
+    peers = Layout(ranks=3, peers=1, sharding="fsdp2")
+    assert cost.mining(shape, mined, peers).trunk == read
 
 
 @pytest.mark.parametrize("trains_head", [False, True])
