@@ -4,8 +4,8 @@ Shape suffixes:  S prompts, L prompt positions, B rows decoded together, G of th
 finished, T completion positions, D hidden width, V vocabulary.
 
 Each prompt is read once, without padding unless the model has a sliding window, and its cache
-repeated for its completions; a token costs each row one uniform number; rows that have ended are taken out; the hidden states that predict each
-token are kept.
+repeated for its completions; a token costs each row one uniform number; rows that have ended are
+taken out; the hidden states that predict each token are kept.
 """
 
 from collections.abc import Callable, Iterator, Sequence

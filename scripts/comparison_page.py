@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import time_to_reduction
-from comparison import ABLATIONS, EXTRAS, ITERATIONS, MAIN, OTHERS, ROOT, cells, recorded
+from comparison import ABLATIONS, CFT_ROW, EXTRAS, ITERATIONS, MAIN, OTHERS, ROOT, cells, recorded
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -19,6 +19,7 @@ from matplotlib.ticker import LogLocator
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
+from constrained_ft.compose import compose
 from constrained_ft.intervals import Interval, bootstrap
 from constrained_ft.paired import sign_flip
 
@@ -230,6 +231,7 @@ def render() -> None:
             lines += ["Triangles are variants of cft; a line joins the seeds of a method.", ""]
             lines += [*_benchmarks()]
         lines += [*_beside_cft(rows), "", *([WHY[scenario], ""] if scenario in WHY else [])]
+        lines += [*(_law(rows) if scenario == "toxic" else [])]
         lines += [*_detection(rows)]
     if TIMED.exists():
         tree = json.loads(TIMED.read_text(encoding="utf-8"))
@@ -240,6 +242,27 @@ def render() -> None:
     lines += ["## Every cell", "", *_commands()]
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(PAGE)
+
+
+def _law(rows: Sequence[Row]) -> Iterator[str]:
+    """What is left of plain fine-tuning's violations at each lambda, beside what the law says."""
+    found = {row.label: row for row in rows}
+    weighed = {method.name: method.overrides for method in (CFT_ROW, *OTHERS)}
+    key = "trainer.kl_weight="
+    named = {n: o[0].removeprefix(key) for n, o in weighed.items() if o and o[0].startswith(key)}
+    named[CFT_ROW.name] = f"{compose([]).trainer.kl_weight:g}"
+    shown = sorted((float(value), name) for name, value in named.items() if name in found)
+    if "sft" not in found or len(shown) < 2:
+        return
+    plain = float(np.mean(list(found["sft"].by_prompt().values())))
+    yield LAW
+    yield ""
+    yield "| | lambda | predicted | measured |"
+    yield "| --- | --- | --- | --- |"
+    for weight, name in shown:
+        share = f"{100 * plain / (1 + weight):.1f} %"
+        yield f"| {name} | {weight:g} | {share} | {found[name].violations()} |"
+    yield ""
 
 
 def _notes(rows: Sequence[Row]) -> Iterator[str]:
@@ -396,6 +419,10 @@ TITLES = {
     "multi": "With the detection task",
     "head": "With the detection task, told by a classification head",
 }
+LAW = """\
+Where corpus and prompts conflict, training comes to rest where the share of violations is that of
+plain training divided by 1 + lambda ([how-it-works.md](how-it-works.md)). These runs do not come to
+rest, and news and toxic prompts conflict in part; still:"""
 WHY = {
     "toxic": """\
 Where others are ahead: `filtered` gives all its steps to news, which it predicts best, and says
