@@ -234,6 +234,22 @@ def test_an_update_begins_above_what_sampling_kept(shape: str, layout: str) -> N
         gradient(parts, replace(target, below=StatesBelow()), config)
 
 
+def test_in_bfloat16_reference_and_update_begin_with_the_same_numbers() -> None:
+    config = small_config("trainer.precision=bf16", lora=True, first_layer=1)
+    parts = small_parts(config)
+    moved(parts.llm)
+    assert parts.llm.begins_above
+    target = learn_target(parts, config, parts.llm.frozen(), 1)
+    fresh = target.with_reference(parts.llm.frozen())
+    whole = replace(target, below=None).with_reference(parts.llm.frozen())
+    mask_NT = target.rollouts.mask_NT
+    states = [one.reference.hidden_NTD[mask_NT].float() for one in (fresh, whole)]
+    gap = (states[0] - states[1]).norm() / states[1].norm()
+    assert 0 < gap < 0.02  # other states below by what rounding does, and no more
+    found, wanted = (gradient(parts, one, config) for one in (fresh, whole))
+    assert float((found - wanted).norm() / wanted.norm()) < 0.1
+
+
 def test_frozen_layers_read_a_completion_once(reads: list[int]) -> None:
     config = small_config(lora=True, first_layer=1)
     parts = taught(config)
