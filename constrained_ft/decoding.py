@@ -26,7 +26,7 @@ from constrained_ft.packing import Tree, pad_right
 _BLOCK = 256  # width of the first level of the inverse CDF
 _TOP_K = 128  # tokens looked at first for a nucleus
 _READ_ROWS = 64  # completions in one forward pass
-_RETIRE_AT = 0.75  # rows that ended are taken out, a copy of the cache, at this share of the rest
+RETIRE_AT = 0.75  # rows that ended are taken out, a copy of the cache, at this share of the rest
 
 Guide = Callable[[Tensor, Tensor], Tensor]
 """Hidden states [B, t + 1, D] and completion tokens [B, t] so far -> what is added to the logits.
@@ -121,7 +121,7 @@ def decode_token_by_token(
         count = int(alive_G.sum())
         if step == steps - 1 or count == 0:
             break
-        if count <= _RETIRE_AT * len(alive_G) and _can_select(cache):
+        if count <= RETIRE_AT * len(alive_G) and _can_select(cache):
             kept = alive_G.nonzero()[:, 0]
             cache.batch_select_indices(kept)
             going_G, alive_G, token_G = going_G[kept], alive_G[kept], token_G[kept]

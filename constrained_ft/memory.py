@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from constrained_ft.config import Config
+from constrained_ft.decoding import RETIRE_AT
 from constrained_ft.distributed import World
 from constrained_ft.frozen_layers import kept_bytes
 from constrained_ft.fused import Labels, Tilt, buffered_rows, fused_losses
@@ -84,8 +85,9 @@ def estimate_memory(
         rehearsed = peak_during(lambda: _rehearse_update(llm, prompts, config), llm.device)
     update = held + _update_bytes(llm, prompts, config) if rehearsed is None else rehearsed
     # The base model's completions hardly end before the last token. Once they do, rows are taken
-    # out of the cache, which copies what stays.
-    again = evaluation + _cache_bytes(llm, config) if evaluation else 0
+    # out of the cache, which copies what stays, without the half of it that is room to grow.
+    copied = int(RETIRE_AT / 2 * _cache_bytes(llm, config))
+    again = evaluation + copied if evaluation else 0
     others = max(again, _sampling_bytes(llm, config), _whole_bytes(llm) + _export_bytes(llm))
     # What samples is a frozen copy; measuring the fine-tuned model needs two.
     others += held + _copy_bytes(llm)
