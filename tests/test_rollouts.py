@@ -304,7 +304,7 @@ def test_rows_that_ended_are_taken_out_and_the_others_do_not_notice(
     guided = random_auxiliary(frozen, "additive").guide()
     outcomes = []
     for retire_at in (0.75, 0.0):
-        monkeypatch.setattr("constrained_ft.decoding._RETIRE_AT", retire_at)
+        monkeypatch.setattr("constrained_ft.decoding.RETIRE_AT", retire_at)
         for guide in (None, guided):
             read.clear()
             outcomes.append((draw(frozen, n=40, steps=10, guide=guide), read[-1]))
