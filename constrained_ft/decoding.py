@@ -94,7 +94,8 @@ def decode_token_by_token(
     ids_BT = torch.zeros(rows, steps, dtype=torch.long, device=llm.device)
     mask_BT = torch.zeros(rows, steps, dtype=torch.bool, device=llm.device)
     hidden_BTD = hidden_GD.new_zeros(rows, steps, hidden_GD.shape[-1])
-    below_BTD = torch.zeros_like(hidden_BTD[:, : steps * (llm.below is not None)]).float()
+    kept_BTD = hidden_BTD if llm.below is not None else hidden_BTD[:, :0]
+    below_BTD = torch.zeros_like(kept_BTD, dtype=torch.float32)
     # Rows that are decoded still, of all B; those among them that have not ended.
     going_G = torch.arange(rows, device=llm.device)
     alive_G = torch.ones(rows, dtype=torch.bool, device=llm.device)
