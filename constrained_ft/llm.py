@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import peft
 import torch
@@ -23,22 +23,12 @@ from constrained_ft.config import LLMConfig
 from constrained_ft.distributed import World
 from constrained_ft.encoding import pad_id
 from constrained_ft.errors import ModelError
-from constrained_ft.frozen_layers import FrozenLayers, StatesBelow, frozen_layers
+from constrained_ft.frozen_layers import FrozenLayers, StatesBelow
 from constrained_ft.fused import Head
-from constrained_ft.packing import Packed, Slots, Tree, pack, pad_right
-from constrained_ft.randomness import seed_everything
+from constrained_ft.packing import Packed, Slots, Tree, pack
 from constrained_ft.sharding import Root, divide_weights, gathered, put_weights, remove_weights
 
 _ROW_SLOTS = 256  # most of a packed row; longer ones spend more on attention than they save
-_STRIDE = 37  # between the token ids that models are tried out on
-
-# Settings by which models change their logits behind the head, and what leaves them as they are.
-_TRANSFORMS = {
-    "final_logit_softcapping": None,
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
-    "lm_head_multiplier": 1.0,
-}
 
 CLASS_HEAD = "class_head"  # of a model's attributes
 
@@ -225,7 +215,10 @@ class _Generate(nn.Module):
 
 
 class LLM:
-    """The language model that is fine-tuned."""
+    """The language model that is fine-tuned.
+
+    A new one reads a row for every sequence; `tryout.tried_out` finds what else it can do.
+    """
 
     def __init__(
         self,
@@ -261,12 +254,11 @@ class LLM:
         self.window: int | None = getattr(text, "sliding_window", None)
         """How many tokens back the model reads; None is all of them."""
         self.packs = False
-        _check_head(self)
-        self.packs = _can_pack(self)
+        """Whether it keeps apart the sequences that lie side by side in a row."""
         self.frozen_layers: FrozenLayers | None = None
         """The layers below the first trained one, where that can be run without them."""
-        self.frozen_layers = _tried_out(self, frozen_layers(self.trunk))
-        self._still_below = _are_still(self)
+        self.still_below = False
+        """Whether those give the same while it is trained."""
 
     @property
     def head(self) -> Head:
@@ -439,7 +431,7 @@ class LLM:
         Not where layers drop something out when they train, or are computed again for the backward
         pass.
         """
-        return self.frozen_layers is not None and self._still_below and not self.checkpoints
+        return self.frozen_layers is not None and self.still_below and not self.checkpoints
 
     @torch.no_grad()
     def states_below(self, packed: Packed) -> Float[Tensor, "S D"]:
@@ -571,98 +563,3 @@ def _head_of(module: PreTrainedModel) -> Head:
         weight = weight.detach().float()
         bias = None if bias is None else bias.detach().float()
     return Head(weight_VD=weight, bias_V=bias, bf16_valued=bf16_valued)
-
-
-@torch.no_grad()
-def _check_head(llm: LLM) -> None:
-    """Refuse models that change logits behind the head (softcap, scale): the KL would be wrong.
-
-    By their settings, as a cap may do nothing to the logits of a few tokens, and by trying it out.
-    """
-    text = llm.module.config.get_text_config()
-    for name, neutral in _TRANSFORMS.items():
-        value = getattr(text, name, None)
-        if value is not None and value != neutral:
-            _refuse_head(llm, f"{name}={value:g}")
-    ids_BL, lengths_B = pad_right([_sequences(llm)[0][:4]], pad_id(llm.tokenizer), llm.device)
-    with llm.autocast():
-        own_BLV = llm.module(**right_padded_inputs(ids_BL, lengths_B)).logits.float()
-    ours_BLV = llm.head(llm.hidden_states(ids_BL, lengths_B))
-    gap = (own_BLV - ours_BLV).abs().max() / own_BLV.abs().max().clamp_min(1e-6)
-    if not gap < (0.05 if llm.bf16 else 1e-3):
-        _refuse_head(llm, f"relative difference {gap:.2g}")
-
-
-def _refuse_head(llm: LLM, how: str) -> NoReturn:
-    raise ModelError(
-        f"{type(llm.module).__name__} transforms its logits after the output head ({how}), which "
-        "is not supported; use a model with a plain linear head"
-    )
-
-
-@torch.no_grad()
-def _can_pack(llm: LLM) -> bool:
-    """Whether the model keeps the sequences of one row apart, tried out on a few tokens."""
-    first, second = _sequences(llm)
-    trees = [
-        Tree(stem=first, branches=(second[:4], second[4:])),
-        Tree(stem=second, branches=(first,)),
-    ]
-    llm.packs = True
-    packed = llm.pack(trees)
-    if packed.apart:
-        return False  # a window of a few tokens
-    try:
-        together = llm.packed_states(packed)[torch.cat(packed.paths)]
-    except (RuntimeError, ValueError, IndexError, TypeError):
-        return False  # flash attention, for one, takes no such mask
-    llm.packs = False
-    packed = llm.pack(trees)
-    apart = llm.packed_states(packed)[torch.cat(packed.paths)]
-    return _agree(llm, together, apart)
-
-
-@torch.no_grad()
-def _tried_out(llm: LLM, layers: FrozenLayers | None) -> FrozenLayers | None:
-    """Layers that the model gives the same states without, tried out on a few tokens."""
-    if layers is None:
-        return None
-    packed = llm.pack([Tree(stem=ids) for ids in _sequences(llm)])
-    whole_SD = llm.packed_states(packed)
-    try:
-        states_BLD = layers.alone(lambda: llm.packed_states(packed))
-        with layers.replaced_by(states_BLD):
-            parts_SD = llm.packed_states(packed)
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError):
-        return None  # layers that hand on more than one state, for one
-    real_S = torch.cat(packed.stems).to(llm.device)
-    return layers if _agree(llm, parts_SD[real_S], whole_SD[real_S]) else None
-
-
-def _are_still(llm: LLM) -> bool:
-    """Whether training changes nothing about the frozen layers: drops no number, and no layer."""
-    if llm.frozen_layers is None or getattr(llm.module.config, "layerdrop", 0.0) > 0:
-        return False
-    packed = llm.pack([Tree(stem=ids) for ids in _sequences(llm)])
-    real_S = torch.cat(packed.stems).to(llm.device)
-    before_SD = llm.states_below(packed)
-    with seed_everything(0), llm.training():
-        meanwhile_SD = llm.states_below(packed)
-    return _agree(llm, meanwhile_SD[real_S], before_SD[real_S])
-
-
-def _agree(llm: LLM, states_SD: Float[Tensor, "S D"], right_SD: Float[Tensor, "S D"]) -> bool:
-    """Whether states differ by rounding alone."""
-    gap = (states_SD - right_SD).float().norm() / right_SD.float().norm().clamp_min(1e-6)
-    return bool(gap < (0.05 if llm.bf16 else 1e-3))
-
-
-def _sequences(llm: LLM) -> list[tuple[int, ...]]:
-    """Two sequences of 8 and 12 tokens out of the middle of the vocabulary.
-
-    There are words, mostly. The first ids are often marks such as those of a chat's turns: there
-    bfloat16 states are half noise, which differs with the layout of a batch.
-    """
-    size = len(llm.head.weight_VD)
-    ids = [(size // 2 + _STRIDE * i) % size for i in range(20)]
-    return [tuple(ids[:8]), tuple(ids[8:])]

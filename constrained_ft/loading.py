@@ -31,6 +31,7 @@ from constrained_ft.machine import release_freed
 from constrained_ft.randomness import seed_everything
 from constrained_ft.resources import explain_model_failure, resolve_model
 from constrained_ft.tiny import CONTEXT_LENGTH, byte_tokenizer, tiny_model
+from constrained_ft.tryout import tried_out
 
 TINY = "tiny:"
 _CLASS_HEAD_FILE = "class_head.safetensors"
@@ -98,7 +99,7 @@ def load_llm(
         found = _saved_class_head(config)
         _put_class_head(module, torch.zeros(2, width) if found is None else found)
     module.to(default_device())  # type: ignore[arg-type]  # transformers types `to` loosely
-    llm = LLM(module, tokenizer, config=config, peft_model=peft_model, bf16=bf16)
+    llm = tried_out(LLM(module, tokenizer, config=config, peft_model=peft_model, bf16=bf16))
     if config.gradient_checkpointing is True:
         llm.checkpoint_activations()
     return llm
@@ -130,7 +131,8 @@ def load_frozen(config: LLMConfig, *, precision: str = "auto") -> FrozenLLM:
         _put_class_head(module, class_head)
     module.requires_grad_(requires_grad=False)
     module.to(default_device())  # type: ignore[arg-type]  # transformers types `to` loosely
-    return LLM(module, tokenizer, config=config, peft_model=None, bf16=bf16).frozen()
+    llm = LLM(module, tokenizer, config=config, peft_model=None, bf16=bf16)
+    return tried_out(llm).frozen()
 
 
 def load_base(llm: LLM, *, precision: str) -> FrozenLLM:

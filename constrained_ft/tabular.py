@@ -31,6 +31,7 @@ from constrained_ft.prompts import Prompt, Prompts
 from constrained_ft.randomness import generator_for
 from constrained_ft.rollouts import Rollouts
 from constrained_ft.scorers import build_scorer
+from constrained_ft.tryout import tried_out
 
 _MARK = 4.0  # how much a prefix's mark stands out beside its logits
 
@@ -170,7 +171,8 @@ def table_llm(
     with torch.no_grad():
         module.table.logits.weight.copy_(spread * logits_HV)
     module.to(default_device())  # type: ignore[arg-type]  # transformers types `to` loosely
-    return LLM(module, table_tokenizer(letters), config=config, peft_model=None, bf16=False)
+    llm = LLM(module, table_tokenizer(letters), config=config, peft_model=None, bf16=False)
+    return tried_out(llm)
 
 
 def table_parts(letters: str, length: int, config: Config, rows: Sequence[Row] = ()) -> Parts:

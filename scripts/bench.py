@@ -51,6 +51,7 @@ from constrained_ft.parts import Parts, build_parts  # noqa: E402
 from constrained_ft.progress import Silent  # noqa: E402
 from constrained_ft.target import Target, learn_target  # noqa: E402
 from constrained_ft.tiny import byte_tokenizer  # noqa: E402
+from constrained_ft.tryout import tried_out  # noqa: E402
 
 ROUNDS = 5
 LARGEST_DRIFT = 0.1  # of the ceilings
@@ -275,7 +276,8 @@ def random_model(shape: str, config: Config, *, precision: str) -> LLM:
     module = Qwen2ForCausalLM(settings_).to(torch.bfloat16).to(DEVICE)  # type: ignore[arg-type]
     module.requires_grad_(requires_grad=False)
     bf16 = precision == "bf16"
-    return LLM(module, byte_tokenizer(), config=config.llm, peft_model=None, bf16=bf16)
+    llm = LLM(module, byte_tokenizer(), config=config.llm, peft_model=None, bf16=bf16)
+    return tried_out(llm)
 
 
 def sampling_rows(shape: str | None) -> list[Ratio]:

@@ -18,7 +18,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from constrained_ft import llm as llm_module
+from constrained_ft import tryout
 from constrained_ft.config import LLMConfig
 from constrained_ft.errors import ModelError
 from constrained_ft.llm import LLM, FrozenLLM
@@ -192,7 +192,7 @@ def test_logits_that_are_capped_behind_the_head_are_refused(
     assert caught.value.exit_code == 3
     with pytest.raises(ModelError, match="transforms its logits"):
         load_frozen(config, precision="fp32")
-    monkeypatch.setattr(llm_module, "_TRANSFORMS", {})
+    monkeypatch.setattr(tryout, "_TRANSFORMS", {})
     unknown = eager(saved(small_gemma(0.05), tmp_path / "unknown"))
     with pytest.raises(ModelError, match=r"transforms its logits .* \(relative difference"):
         load_frozen(unknown, precision="fp32")
