@@ -16,16 +16,18 @@ R takes one more of both. The gradient to a row's logits,
 
 is known as soon as the row is, so the forward pass ends with the gradients to the hidden states
 and the head, and the backward pass multiplies them by a number. The products run on chunks of rows;
-what lies between them runs on tiles of a chunk that stay in a CPU's cache, and so does R.
+what lies between them runs on tiles of a chunk that stay in a CPU's cache, and so does R, or is one
+compiled kernel on a GPU.
 
 The fit of R needs the expectation of R under the reference: the same products with another end.
 """
 
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,10 @@ _CHUNK_BYTES = 3 * 2**26  # of two float32 buffers [rows, V]
 _FEWEST_ROWS = {"cpu": 128, "cuda": 512}  # of a chunk; products with fewer are slow
 _EVIDENCE_ROWS = {"cpu": 64}  # of R's products, which are small; elsewhere all of a chunk
 _TILE_BYTES = 3 * 2**20  # of one buffer between the products, on CPUs
+_COMPILED_ON = frozenset({"cuda"})  # where passes over memory take longer than compiling
+
+Inputs = ParamSpec("Inputs")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,17 +187,26 @@ def expected_satisfaction(
         for tile, us in _tiles(t_CV, guidance, chunk):
             assert us is not None
             part = _moved(tile, chunk.start)
-            found[:, part] = _expectations(t_CV[tile], us, guidance, part)
+            evidence = _evidence_of(guidance, part)
+            found[:, part] = _EXPECTATIONS(t_CV.device, t_CV[tile], us, evidence)
     return found[0], found[1]
 
 
-def _expectations(t: Tensor, us: Tensor, guidance: Guidance, rows: slice) -> Tensor:
+class _Evidence(NamedTuple):
+    """What R's products lack, at some rows."""
+
+    offset_BJ: Tensor
+    prior_JV: Tensor
+    limit: float
+
+
+def _expectations(t: Tensor, us: Tensor, evidence: _Evidence) -> Tensor:
     """log Rbar and log(1 - Rbar) from logits of the reference and products of R; uses both up."""
     t -= t.amax(-1, keepdim=True)
     p = t.exp_()  # but for a factor
     r, rest = us[0], None
     for j, u in enumerate(us):
-        _cut(u, guidance, rows, j)
+        _cut(u, evidence, j)
         # 1 - R would lose the digits that matter where R is near 1.
         complement = torch.sigmoid(-u)
         u.sigmoid_()
@@ -327,37 +342,28 @@ class _Work:
     def _tile(self, rows: slice, z: Tensor, t: Tensor, us: Tensor | None) -> None:
         """Turn logits `z` of the LLM into the gradient, in place; `t`, `us`: reference and R."""
         tilt, labels = self.call.tilt, self.call.labels
-        z -= z.amax(-1, keepdim=True)
-        weight_B1 = pull_B1 = z.new_zeros(len(z), 1)
-        if labels is not None:
-            assert self.ce_M is not None
-            self.ce_M[rows] = -z.gather(1, labels.next_M[rows, None])[:, 0]
-        if tilt is not None:
-            assert self.kl_M is not None
-            assert self.log_satisfaction_M is not None
-            assert us is not None
-            q, q_sum_B, self.log_satisfaction_M[rows] = _tilt(t, us, tilt, rows)
-            t -= z
-            t *= q
-            if self.excludes:
-                t.masked_fill_(q == 0, 0.0)
-            self.kl_M[rows] = t.sum(-1) / q_sum_B - q_sum_B.log()
-            pull_B1 = (tilt.weights_M[rows] / q_sum_B)[:, None]
-        p = z.exp_()  # but for a factor, as q
-        p_sum_B = p.sum(-1)
-        for losses_M, part in ((self.ce_M, labels), (self.kl_M, tilt)):
-            if losses_M is not None and part is not None:
-                # Rounding can leave a sum of -1e-7.
-                losses_M[rows] = (losses_M[rows] + p_sum_B.log()).clamp_(min=0.0)
-                weight_B1 = weight_B1 + part.weights_M[rows, None]
-        if not self.wants_gradient:
-            return
-        p *= weight_B1 / p_sum_B[:, None]
-        if us is not None:
-            p.addcmul_(us[0], pull_B1, value=-1)
-        if labels is not None:
-            minus_B1 = -labels.weights_M[rows, None].to(p.dtype)
-            p.scatter_add_(1, labels.next_M[rows, None], minus_B1)
+        found = _GRADIENT(
+            z.device,
+            z,
+            None
+            if tilt is None or us is None
+            else _TiltRows(
+                t=t,
+                us=us,
+                evidence=_evidence_of(tilt, rows),
+                floor_B=None if tilt.floor_M is None else tilt.floor_M[rows],
+                weights_B=tilt.weights_M[rows],
+                excludes=self.excludes,
+            ),
+            None
+            if labels is None
+            else _LabelRows(next_B=labels.next_M[rows], weights_B=labels.weights_M[rows]),
+            wants_gradient=self.wants_gradient,
+        )
+        results = (self.kl_M, self.ce_M, self.log_satisfaction_M)
+        for result_M, part_B in zip(results, found, strict=True):
+            if result_M is not None and part_B is not None:
+                result_M[rows] = part_B
 
     def loss(self) -> Tensor:
         """The weighted sum of all rows."""
@@ -370,20 +376,73 @@ class _Work:
         return total
 
 
-def _tilt(t: Tensor, us: Tensor, tilt: Tilt, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """q but for a factor, its sum, and log Rbar, from logits of the reference and products of R.
+class _TiltRows(NamedTuple):
+    """What makes q of some rows: the reference's logits `t` and R's products `us`, used up."""
+
+    t: Tensor
+    us: Tensor
+    evidence: _Evidence
+    floor_B: Tensor | None
+    weights_B: Tensor
+    excludes: bool
+
+
+class _LabelRows(NamedTuple):
+    next_B: Tensor
+    weights_B: Tensor
+
+
+def _gradient(
+    z: Tensor, tilt: _TiltRows | None, labels: _LabelRows | None, *, wants_gradient: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Turn logits `z` of the LLM into their gradient; (KL, cross-entropy, log Rbar) of the rows."""
+    kl_B = ce_B = log_satisfaction_B = None
+    z -= z.amax(-1, keepdim=True)
+    weight_B1 = pull_B1 = z.new_zeros(len(z), 1)
+    if labels is not None:
+        ce_B = -z.gather(1, labels.next_B[:, None])[:, 0]
+    if tilt is not None:
+        t = tilt.t
+        q, q_sum_B, log_satisfaction_B = _tilt(tilt)
+        t -= z
+        t *= q
+        if tilt.excludes:
+            t.masked_fill_(q == 0, 0.0)
+        kl_B = t.sum(-1) / q_sum_B - q_sum_B.log()
+        pull_B1 = (tilt.weights_B / q_sum_B)[:, None]
+    p = z.exp_()  # but for a factor, as q
+    p_sum_B = p.sum(-1)
+    # Rounding can leave a sum of -1e-7.
+    if labels is not None and ce_B is not None:
+        ce_B = (ce_B + p_sum_B.log()).clamp_(min=0.0)
+        weight_B1 = weight_B1 + labels.weights_B[:, None]
+    if tilt is not None and kl_B is not None:
+        kl_B = (kl_B + p_sum_B.log()).clamp_(min=0.0)
+        weight_B1 = weight_B1 + tilt.weights_B[:, None]
+    if wants_gradient:
+        p *= weight_B1 / p_sum_B[:, None]
+        if tilt is not None:
+            p.addcmul_(tilt.us[0], pull_B1, value=-1)
+        if labels is not None:
+            p.scatter_add_(1, labels.next_B[:, None], -labels.weights_B[:, None].to(p.dtype))
+    return kl_B, ce_B, log_satisfaction_B
+
+
+def _tilt(tilt: _TiltRows) -> tuple[Tensor, Tensor, Tensor]:
+    """q but for a factor, its sum, and log Rbar.
 
     `t` becomes the logarithm of that q, and q takes the place of the first R.
     """
+    t, us = tilt.t, tilt.us
     before_B = t.logsumexp(-1)
     for j, u in enumerate(us):
         # Rounds by 1e-7, as the product of probabilities would; softplus takes twice as long.
-        _cut(u, tilt, rows, j).sigmoid_().log_()
+        _cut(u, tilt.evidence, j).sigmoid_().log_()
         if j > 0:
             us[0] += u
     log_r = us[0]
-    if tilt.floor_M is not None:
-        floor_B1 = tilt.floor_M[rows, None]
+    if tilt.floor_B is not None:
+        floor_B1 = tilt.floor_B[:, None]
         torch.logaddexp(floor_B1.log(), torch.log1p(-floor_B1) + log_r, out=log_r)
     t += log_r
     top_B1 = t.amax(-1, keepdim=True)
@@ -394,11 +453,45 @@ def _tilt(t: Tensor, us: Tensor, tilt: Tilt, rows: slice) -> tuple[Tensor, Tenso
     return q, q_sum_B, (after_B - before_B).clamp_(max=0.0)
 
 
-def _cut(u: Tensor, guidance: Guidance, rows: slice, j: int) -> Tensor:
+def _evidence_of(guidance: Guidance, rows: slice) -> _Evidence:
+    return _Evidence(guidance.offset_MJ[rows], guidance.prior_JV, guidance.limit)
+
+
+def _cut(u: Tensor, evidence: _Evidence, j: int) -> Tensor:
     """The logit of one R from its product, in place."""
-    u += guidance.prior_JV[j]
-    u += guidance.offset_MJ[rows, j, None]
-    return u.clamp_(-guidance.limit, guidance.limit)
+    u += evidence.prior_JV[j]
+    u += evidence.offset_BJ[:, j, None]
+    return u.clamp_(-evidence.limit, evidence.limit)
+
+
+class _Compiled(Generic[Inputs, Found]):
+    """What lies between the products: compiled where that pays, else as it is written.
+
+    Without a compiler (Triton, on GPUs) it stays as it is; a warning says so once.
+    """
+
+    def __init__(self, function: Callable[Inputs, Found]) -> None:
+        self._function = function
+        self._kernel: Callable[Inputs, Found] | None = None
+        self._failed = False
+
+    def __call__(self, device: torch.device, *args: Inputs.args, **kwargs: Inputs.kwargs) -> Found:
+        if device.type not in _COMPILED_ON or self._failed:
+            return self._function(*args, **kwargs)
+        from torch._dynamo.exc import TorchDynamoException  # takes a second to import
+
+        if self._kernel is None:
+            self._kernel = torch.compile(self._function, dynamic=True)
+        try:
+            return self._kernel(*args, **kwargs)
+        except TorchDynamoException as error:  # before anything was computed
+            self._failed = True
+            warnings.warn(f"the loss is not compiled and takes longer: {error}", stacklevel=2)
+            return self._function(*args, **kwargs)
+
+
+_GRADIENT = _Compiled(_gradient)
+_EXPECTATIONS = _Compiled(_expectations)
 
 
 def _product(hidden_CD: Tensor, head: Head, buffer: Tensor) -> Tensor:

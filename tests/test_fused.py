@@ -1,11 +1,15 @@
 """The fused loss against the readable equations in float64, which share no code with it."""
 
+import inspect
 import math
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NoReturn
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from constrained_ft import equations
 from constrained_ft import fused as fused_module
@@ -400,3 +404,61 @@ def test_chunks_follow_a_budget_with_a_floor() -> None:
     assert chunk_rows_for(50_257, cpu) == 500
     assert chunk_rows_for(256_000, cpu) == 128
     assert chunk_rows_for(256_000, gpu) == 512
+
+
+def compile_on_cpus(monkeypatch: pytest.MonkeyPatch, backend: object) -> None:
+    """Take the way of GPUs here."""
+    monkeypatch.setattr(fused_module, "_COMPILED_ON", frozenset({"cpu"}))
+    for name, function in (("_GRADIENT", "_gradient"), ("_EXPECTATIONS", "_expectations")):
+        bare = inspect.unwrap(getattr(fused_module, function))  # without the checks of these tests
+        monkeypatch.setattr(fused_module, name, fused_module._Compiled(bare))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+
+
+def check_kinds_of_rows() -> None:
+    """Rows with a KL, with labels and with both have what the equations say of them."""
+    kinds = set()
+    for seed in (0, 3, 11):
+        case = some_case(seed)
+        kinds.add((case.tilt is not None, case.labels is not None))
+        theirs, their_gradients = dense(case)
+        ours, our_gradients = fused(case, chunk_rows=10)
+        for mine, right in zip(our_gradients, their_gradients, strict=True):
+            assert apart(mine, right) < 1e-4
+        assert apart(ours.loss, theirs.loss) < 1e-4
+        if case.tilt is not None:
+            satisfied, violated = expected_satisfaction(case.tilt)
+            logits_TV = torch.nn.functional.linear(
+                case.tilt.hidden_MD, case.tilt.head.weight_VD, case.tilt.head.bias_V
+            )
+            right = equations.expected_satisfaction_logprobs(logits_TV, logits_of_r(case.tilt))
+            assert apart(satisfied, right[0].double()) < 1e-4
+            assert apart(violated, right[1].double()) < 1e-4
+    assert kinds == {(True, True), (True, False), (False, True)}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_what_is_compiled_on_gpus_says_the_same(
+    monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    compile_on_cpus(monkeypatch, backend)
+    torch._dynamo.reset()
+    counters.clear()
+    check_kinds_of_rows()
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+    assert not fused_module._GRADIENT._failed
+    assert not fused_module._EXPECTATIONS._failed
+
+
+def test_without_a_compiler_the_loss_is_as_it_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing(*_: object) -> NoReturn:
+        raise RuntimeError("no compiler here")
+
+    compile_on_cpus(monkeypatch, missing)
+    with pytest.warns(UserWarning, match=r"not compiled and takes longer: .*") as told:
+        check_kinds_of_rows()
+    assert len(told) == 2, "once for each of the two"
