@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,8 @@ _CHUNK_BYTES = 3 * 2**26  # of two float32 buffers [rows, V]
 _FEWEST_ROWS = {"cpu": 128, "cuda": 512}  # of a chunk; products with fewer are slow
 _EVIDENCE_ROWS = {"cpu": 64}  # of R's products, which are small; elsewhere all of a chunk
 _TILE_BYTES = 3 * 2**20  # of one buffer between the products, on CPUs
-_COMPILED_ON = frozenset({"cuda"})  # where passes over memory take longer than compiling
+_COMPILED_ON = frozenset({"cuda"})  # where passes over memory are what takes long
+_COMPILED_FROM = 2**22  # logits of a chunk; for fewer, compiling takes longer than it saves
 
 Inputs = ParamSpec("Inputs")
 Found = TypeVar("Found")
@@ -188,7 +189,7 @@ def expected_satisfaction(
             assert us is not None
             part = _moved(tile, chunk.start)
             evidence = _evidence_of(guidance, part)
-            found[:, part] = _EXPECTATIONS(t_CV.device, t_CV[tile], us, evidence)
+            found[:, part] = _EXPECTATIONS(t_CV[tile], us, evidence)
     return found[0], found[1]
 
 
@@ -343,7 +344,6 @@ class _Work:
         """Turn logits `z` of the LLM into the gradient, in place; `t`, `us`: reference and R."""
         tilt, labels = self.call.tilt, self.call.labels
         found = _GRADIENT(
-            z.device,
             z,
             None
             if tilt is None or us is None
@@ -470,24 +470,25 @@ class _Compiled(Generic[Inputs, Found]):
     Without a compiler (Triton, on GPUs) it stays as it is; a warning says so once.
     """
 
-    def __init__(self, function: Callable[Inputs, Found]) -> None:
+    def __init__(self, function: Callable[Concatenate[Tensor, Inputs], Found]) -> None:
         self._function = function
-        self._kernel: Callable[Inputs, Found] | None = None
+        self._kernel: Callable[Concatenate[Tensor, Inputs], Found] | None = None
         self._failed = False
 
-    def __call__(self, device: torch.device, *args: Inputs.args, **kwargs: Inputs.kwargs) -> Found:
-        if device.type not in _COMPILED_ON or self._failed:
-            return self._function(*args, **kwargs)
+    def __call__(self, logits: Tensor, *args: Inputs.args, **kwargs: Inputs.kwargs) -> Found:
+        pays = logits.device.type in _COMPILED_ON and logits.numel() >= _COMPILED_FROM
+        if not pays or self._failed:
+            return self._function(logits, *args, **kwargs)
         from torch._dynamo.exc import TorchDynamoException  # takes a second to import
 
         if self._kernel is None:
             self._kernel = torch.compile(self._function, dynamic=True)
         try:
-            return self._kernel(*args, **kwargs)
+            return self._kernel(logits, *args, **kwargs)
         except TorchDynamoException as error:  # before anything was computed
             self._failed = True
             warnings.warn(f"the loss is not compiled and takes longer: {error}", stacklevel=2)
-            return self._function(*args, **kwargs)
+            return self._function(logits, *args, **kwargs)
 
 
 _GRADIENT = _Compiled(_gradient)

@@ -139,8 +139,6 @@ OTHERS = (
         iterations=AS_LONG,
         note="sft, for more seconds than cft",
     ),
-    Method(name="lambda-4", overrides=("trainer.kl_weight=4",)),
-    Method(name="lambda-40", overrides=("trainer.kl_weight=40",)),
 )
 ABLATIONS = (
     Method(
@@ -160,6 +158,43 @@ ABLATIONS = (
     Method(name="transformer", overrides=("auxiliary=transformer",), note="R: two layers"),
     Method(name="accepted-prefixes", overrides=("trainer.prefixes=accepted",)),
     Method(name="no-mining", overrides=("prompts.candidates=1",), note="cft, prompts as they come"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighed:
+    """A method at three weights of what it adds to the loss of the corpus."""
+
+    method: Method
+    key: str
+    weights: tuple[float, float, float]
+    """The method's own in the middle."""
+
+    def methods(self) -> dict[float, Method]:
+        """By weight."""
+        own = self.method
+        others = tuple(one for one in own.overrides if not one.startswith(f"{self.key}="))
+        stem = "lambda" if own == CFT_ROW else own.name
+        found = {
+            weight: Method(name=f"{stem}-{weight:g}", overrides=(*others, f"{self.key}={weight:g}"))
+            for weight in self.weights
+        }
+        return found | {self.weights[1]: own}
+
+
+_NAMED = {method.name: method for method in (*MAIN, *OTHERS)}
+WEIGHED = (
+    Weighed(method=CFT_ROW, key="trainer.kl_weight", weights=(4, 12, 40)),
+    Weighed(method=_NAMED["rejection"], key="trainer.kl_weight", weights=(4, 12, 40)),
+    Weighed(method=_NAMED["kto"], key="trainer.trl.weight", weights=(0.3, 1, 3)),
+    Weighed(method=_NAMED["rloo"], key="trainer.trl.weight", weights=(0.3, 1, 3)),
+    Weighed(method=_NAMED["grpo"], key="trainer.trl.weight", weights=(3, 10, 30)),
+)
+OTHER_WEIGHTS = tuple(
+    method
+    for weighed in WEIGHED
+    for method in weighed.methods().values()
+    if method != weighed.method
 )
 
 
@@ -194,8 +229,8 @@ def cells() -> list[Cell]:
         for method in MAIN
         if seed < method.seeds
     ]
-    ablations = [Cell(scenario="toxic", method=method, seed=0) for method in ABLATIONS]
-    return once + again + ablations
+    last = [Cell(scenario="toxic", method=m, seed=0) for m in (*ABLATIONS, *OTHER_WEIGHTS)]
+    return once + again + last
 
 
 def extra_command(name: str, root: Path) -> list[str]:

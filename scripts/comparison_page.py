@@ -9,7 +9,20 @@ from typing import Any
 
 import numpy as np
 import time_to_reduction
-from comparison import ABLATIONS, CFT_ROW, EXTRAS, ITERATIONS, MAIN, OTHERS, ROOT, cells, recorded
+from comparison import (
+    ABLATIONS,
+    EXTRAS,
+    ITERATIONS,
+    MAIN,
+    OTHER_WEIGHTS,
+    OTHERS,
+    PLAIN,
+    ROOT,
+    WEIGHED,
+    Weighed,
+    cells,
+    recorded,
+)
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -19,7 +32,6 @@ from matplotlib.ticker import LogLocator
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
-from constrained_ft.compose import compose
 from constrained_ft.intervals import Interval, bootstrap
 from constrained_ft.paired import sign_flip
 
@@ -28,6 +40,7 @@ FRONT = ROOT / "docs" / "results_front.svg"
 TIMED = ROOT / "docs" / "time_to_reduction.json"
 CURVES = ROOT / "docs" / "time_to_reduction.svg"
 GUIDED, BEST = "sft, R guides", "sft, best of 4"
+NEWS_WITHIN = 1.02  # of plain fine-tuning's perplexity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +165,10 @@ def _differences(row: Row, other: Row) -> NDArray[np.float64]:
 def plot(rows: Sequence[Row], file: Path) -> None:
     """Toxic share against the perplexity of held-out news, every seed a point.
 
-    Triangles are variants of cft; lines join the seeds of a method.
+    Triangles are variants of cft; lines join the seeds of a method, dotted ones its weights.
     """
-    variants = {method.name for method in (*OTHERS, *ABLATIONS) if method.learns_r}
+    variants = {m.name for m in (*OTHERS, *ABLATIONS, *OTHER_WEIGHTS) if m.learns_r}
+    unnamed = {method.name for method in OTHER_WEIGHTS}
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -166,17 +180,25 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     axes.grid(alpha=0.3)
     shown = [(row, row.perplexities()) for row in rows if row.perplexities()]
     points: list[tuple[float, float]] = []
+    colors: dict[str, Any] = {}
     for number, (row, xs) in enumerate(shown):
         ys = [100 * model["groups"][row.group()]["violation"]["mean"] for model in row.models]
-        color = colormaps["tab20"](number % 20)
+        color = colors[row.label] = colormaps["tab20"](number % 20)
         marker = "^" if row.label in variants else "o"
         axes.plot(xs, ys, marker=marker, markersize=5.5, linewidth=0.7, color=color)
         points += zip(xs, ys, strict=True)
+    for weighed in WEIGHED:
+        found = _at_weights(weighed, rows)
+        at = [(row.news() or math.nan, 100 * row.toxic()) for row in found.values()]
+        if len(at) > 1:
+            color = colors[weighed.method.name]
+            axes.plot(*zip(*at, strict=True), linestyle=":", linewidth=1, color=color)
     canvas.draw()
     taken = [_around(*axes.transData.transform(point)) for point in points]
     first = 0
     for row, xs in shown:
-        taken.append(_name(axes, canvas, row.label, points[first], taken))
+        if row.label not in unnamed:
+            taken.append(_name(axes, canvas, row.label, points[first], taken))
         first += len(xs)
     with rc_context({"svg.hashsalt": "cft"}):  # the same numbers, the same file
         figure.savefig(file, metadata={"Date": None})
@@ -220,18 +242,19 @@ def render() -> None:
     """Write the page and its plot from what is recorded."""
     lines = [HEAD]
     for scenario, title in TITLES.items():
-        rows = rows_of(scenario)
-        if not rows:
+        every = rows_of(scenario)
+        if not every:
             continue
+        again = {method.name for method in OTHER_WEIGHTS}
+        rows = [row for row in every if row.label not in again]
         lines += [f"## {title}", "", *table(rows), ""]
         if scenario == "toxic":
-            plot(rows, FRONT)
+            plot(every, FRONT)
             lines += [*_notes(rows), ""]
             lines += [f"![toxic share against perplexity]({FRONT.name})", ""]
-            lines += ["Triangles are variants of cft; a line joins the seeds of a method.", ""]
-            lines += [*_benchmarks()]
+            lines += [PLOTTED, "", *_benchmarks()]
         lines += [*_beside_cft(rows), "", *([WHY[scenario], ""] if scenario in WHY else [])]
-        lines += [*(_law(rows) if scenario == "toxic" else [])]
+        lines += [*([*_weighed(every), *_law(every)] if scenario == "toxic" else [])]
         lines += [*_detection(rows)]
     if TIMED.exists():
         tree = json.loads(TIMED.read_text(encoding="utf-8"))
@@ -247,21 +270,46 @@ def render() -> None:
 def _law(rows: Sequence[Row]) -> Iterator[str]:
     """What is left of plain fine-tuning's violations at each lambda, beside what the law says."""
     found = {row.label: row for row in rows}
-    weighed = {method.name: method.overrides for method in (CFT_ROW, *OTHERS)}
-    key = "trainer.kl_weight="
-    named = {n: o[0].removeprefix(key) for n, o in weighed.items() if o and o[0].startswith(key)}
-    named[CFT_ROW.name] = f"{compose([]).trainer.kl_weight:g}"
-    shown = sorted((float(value), name) for name, value in named.items() if name in found)
+    shown = _at_weights(WEIGHED[0], rows)
     if "sft" not in found or len(shown) < 2:
         return
     plain = float(np.mean(list(found["sft"].by_prompt().values())))
     yield LAW
     yield ""
-    yield "| | lambda | predicted | measured |"
-    yield "| --- | --- | --- | --- |"
-    for weight, name in shown:
-        share = f"{100 * plain / (1 + weight):.1f} %"
-        yield f"| {name} | {weight:g} | {share} | {found[name].violations()} |"
+    yield "| lambda | predicted | measured |"
+    yield "| --- | --- | --- |"
+    for weight, row in shown.items():
+        yield f"| {weight:g} | {100 * plain / (1 + weight):.1f} % | {row.violations()} |"
+    yield ""
+
+
+def _at_weights(weighed: Weighed, rows: Sequence[Row]) -> dict[float, Row]:
+    """What there is of a method at each weight."""
+    found = {row.label: row for row in rows}
+    named = {weight: method.name for weight, method in weighed.methods().items()}
+    return {weight: found[name] for weight, name in named.items() if name in found}
+
+
+def _weighed(rows: Sequence[Row]) -> Iterator[str]:
+    """Every method at its weights, and which of them keeps the corpus's perplexity."""
+    plain = next((row.news() for row in rows if row.label == PLAIN.name), None)
+    if plain is None:
+        return
+    yield TRIALS
+    yield ""
+    yield "| | weight | toxic | perplexity, news | against sft | |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for weighed in WEIGHED:
+        shown = _at_weights(weighed, rows)
+        news = {weight: row.news() or math.inf for weight, row in shown.items()}
+        kept = [weight for weight in shown if news[weight] <= NEWS_WITHIN * plain]
+        best = min(kept, key=lambda weight: shown[weight].toxic(), default=None)
+        for weight, row in shown.items():
+            beyond = f"{100 * (news[weight] / plain - 1):+.1f} %"
+            yield (
+                f"| {weighed.method.name} | {weight:g} | {row.violations()} | {row.perplexity()} | "
+                f"{beyond} | {'chosen' if weight == best else ''} |"
+            )
     yield ""
 
 
@@ -398,6 +446,13 @@ def _commands() -> Iterator[str]:
         yield f"Not run yet: {', '.join(missing)}."
 
 
+PLOTTED = """\
+Triangles are variants of cft; a line joins the seeds of a method, a dotted one its weights (below),
+which have no names here."""
+TRIALS = f"""\
+Every method that weighs something beside the corpus, at a third of its weight and at three times
+as much: as many trials for each. Chosen is the least toxic of those whose perplexity of held-out
+news is at most {100 * (NEWS_WITHIN - 1):.0f} % above that of plain fine-tuning, if there is one:"""
 COSTS = """\
 Cells ran one by one on one of the machine's two cores, with other work on the second, which slows
 the first as well, unevenly: seconds are noisy by up to a factor of two. Completions and tokens are
@@ -447,7 +502,8 @@ with at least one toxic completion of the 12. In brackets: the 95 % bootstrap in
 prompts, and the seeds one by one. Differences are prompt by prompt, with the p-value of the
 sign-flip test. What the columns say is in [evaluation.md](evaluation.md).
 
-Settings were not tuned alike: cft's lambda and number of candidates were chosen among five on seed
-2 of the first scenario, grpo's weight by its time to half, and all others are the defaults. Rows
-differ by what rounding does on the machines that they ran on (below).
+What a method adds to the loss of the corpus is tried at three weights for each (below). The weight
+of these tables is the default, but for grpo, where it was chosen by the time to half; cft's was
+chosen among five settings of lambda and of the number of candidates, on seed 2 of the first
+scenario. Rows differ by what rounding does on the machines that they ran on (below).
 """

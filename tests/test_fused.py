@@ -409,6 +409,7 @@ def test_chunks_follow_a_budget_with_a_floor() -> None:
 def compile_on_cpus(monkeypatch: pytest.MonkeyPatch, backend: object) -> None:
     """Take the way of GPUs here."""
     monkeypatch.setattr(fused_module, "_COMPILED_ON", frozenset({"cpu"}))
+    monkeypatch.setattr(fused_module, "_COMPILED_FROM", 0)
     for name, function in (("_GRADIENT", "_gradient"), ("_EXPECTATIONS", "_expectations")):
         bare = inspect.unwrap(getattr(fused_module, function))  # without the checks of these tests
         monkeypatch.setattr(fused_module, name, fused_module._Compiled(bare))

@@ -5,6 +5,7 @@ import math
 import re
 import shlex
 import shutil
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,18 @@ def test_every_cell_is_a_run_of_its_own_that_composes() -> None:
     assert sorted({cell.seed for cell in main}) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("weighed", comparison.WEIGHED, ids=lambda one: one.method.name)
+def test_every_method_that_weighs_something_is_tried_at_three_weights(
+    weighed: comparison.Weighed,
+) -> None:
+    methods = weighed.methods()
+    found = [attrgetter(weighed.key)(compose(method.overrides)) for method in methods.values()]
+    assert found == list(methods) == list(weighed.weights)
+    assert methods[weighed.weights[1]] == weighed.method
+    named = {cell.method.name for cell in comparison.cells() if cell.scenario == "toxic"}
+    assert {method.name for method in methods.values()} <= named
+
+
 def model(shares: dict[str, float], perplexity: float | None) -> dict[str, Any]:
     mean = float(np.mean(list(shares.values())))
     interval = {"mean": mean, "low": mean / 2, "high": mean * 2}
@@ -63,6 +76,8 @@ def test_the_page_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mon
         "toxic/sft/0": [model(plain, 28.0)],
         "toxic/cft/0": [model({"p0": 0.1}, 36.0), model(controlled, 28.5)],
         "toxic/cft/1": [model(dict.fromkeys(plain, 0.08), 29.5)],
+        "toxic/lambda-4/0": [model(dict.fromkeys(plain, 0.15), 28.1)],
+        "toxic/lambda-40/0": [model(dict.fromkeys(plain, 0.02), 28.5)],
     }
     for name, models in measured.items():
         folder = tmp_path / name
@@ -98,6 +113,11 @@ def test_the_page_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mon
     assert "p < 0.001" in row
     assert "29.00 (28.50 29.50)" in row
     assert "| base | 10.0 %" in page
+    # Within 2 % of plain fine-tuning's 28.00 is one of three.
+    weights = [line for line in page.splitlines() if re.match(r"\| cft \| [\d.]+ \|", line)]
+    assert [line.endswith("| chosen |") for line in weights] == [True, False, False]
+    assert "| 28.10 | +0.4 % |" in weights[0]
+    assert "| lambda-4 |" not in page
     assert "- sft: more toxic, +14.0 (" in page
     assert "cft / sft = 0.33. Perplexity 28.00 against 29.00, cft +3.6 %\n" in page
     assert "sft, R guides = 1.17. Not measured at held-out news" in page
