@@ -286,6 +286,7 @@ def run_case(name: str, small: str, clock: str) -> dict[str, Any]:
         work_of(config, Lengths(prompt=prompt, completion=completion, row=row), case.ranks),
         examples=(1 - config.auxiliary.validation_share) * seen,
         kept=WARM + MEASURED,
+        keeps_prompts=False,  # in the first iterations none comes up again
     )
     world.leave()
     return {
