@@ -503,13 +503,14 @@ def consistency_divergence(
 
     Source: [NADO], the forward-consistency regulariser.
     """
+    satisfied = _divergence_term(expected_logprob.detach(), F.logsigmoid(logits))
+    return satisfied + _divergence_term(expected_complement_logprob.detach(), F.logsigmoid(-logits))
 
-    def term(logprob: Tensor, estimate_logprob: Tensor) -> Tensor:
-        prob = logprob.exp()
-        return torch.where(prob > 0, prob * (logprob - estimate_logprob), 0.0)
 
-    satisfied = term(expected_logprob.detach(), F.logsigmoid(logits))
-    return satisfied + term(expected_complement_logprob.detach(), F.logsigmoid(-logits))
+def _divergence_term(logprob: Tensor, estimate_logprob: Tensor) -> Tensor:
+    """P (log P - log Q), 0 where P is."""
+    prob = logprob.exp()
+    return torch.where(prob > 0, prob * (logprob - estimate_logprob), 0.0)
 
 
 def td_lambda_targets(

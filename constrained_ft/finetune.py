@@ -249,14 +249,9 @@ def _backward_of_pass(  # noqa: PLR0913
         The sum of cross-entropies and the sum of share w KL, unscaled, in nats.
     """
     ce_scale, kl_scale = scales
-
-    def compute() -> tuple[Tensor, Tensor, Tensor]:
-        ce, kl = _losses_of_pass(llm, target, rows_N, corpus, config, live)
-        return kl_scale * kl + ce_scale * ce, ce.detach(), kl.detach()
-
-    loss, ce, kl = llm.inside(compute)
-    loss.backward()
-    return float(ce), float(kl)
+    ce, kl = llm.inside(lambda: _losses_of_pass(llm, target, rows_N, corpus, config, live))
+    (kl_scale * kl + ce_scale * ce).backward()
+    return float(ce.detach()), float(kl.detach())
 
 
 def _losses_of_pass(

@@ -292,15 +292,12 @@ class _Work:
         self.hidden_MD, self.call = hidden_MD, call
         self.wants_gradient = wants_gradient
 
-        def result() -> Tensor:
-            return hidden_MD.new_empty(len(hidden_MD), dtype=_wide(hidden_MD))
-
         # Logits of the LLM, then those of the reference.
         both = rows if call.tilt is None else 2 * rows
         self.logits = hidden_MD.new_empty(both, size, dtype=_wide(hidden_MD))
-        self.ce_M = result() if call.labels else None
-        self.kl_M = result() if call.tilt else None
-        self.log_satisfaction_M = result() if call.tilt else None
+        self.ce_M = self._result() if call.labels else None
+        self.kl_M = self._result() if call.tilt else None
+        self.log_satisfaction_M = self._result() if call.tilt else None
         self.gradient_MD = hidden_MD.new_empty(hidden_MD.shape, dtype=_wide(hidden_MD))
         self.gradient_VD = torch.zeros_like(head.weight_VD) if trains_head else None
         self.gradient_V = (
@@ -309,6 +306,10 @@ class _Work:
         # A head excludes a token by a bias of -inf; 0 * -inf counts as 0.
         bias_V = call.tilt.head.bias_V if call.tilt else None
         self.excludes = bias_V is not None and bool(bias_V.isinf().any())
+
+    def _result(self) -> Tensor:
+        """A number of each row."""
+        return self.hidden_MD.new_empty(len(self.hidden_MD), dtype=_wide(self.hidden_MD))
 
     def chunk(self, chunk: slice) -> None:
         """Losses and gradients of some rows."""

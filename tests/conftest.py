@@ -7,10 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 from playwright.sync_api import Browser, sync_playwright
 from shell import Cft, Ran
 
-from constrained_ft.cli.main import main
+# Shapes are checked in every call of the modules that state some, types alone by mypy.
+ROOT = Path(__file__).resolve().parents[1]
+SHAPED = [
+    ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    for file in (ROOT / "constrained_ft").rglob("*.py")
+    if "\nfrom jaxtyping import" in file.read_text(encoding="utf-8")
+]
+install_import_hook(SHAPED, "beartype.beartype")
+
+from constrained_ft.cli.main import main  # noqa: E402  # behind the hook
 
 # What `cft` sets before it imports other libraries; in a process that has imported them it cannot.
 os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
