@@ -6,7 +6,8 @@
 
 Each case runs three iterations with one thread a process and counts the last two. What is reached
 of the machine's ceilings is taken from the case `default` alone; all others test it. Lengths of
-texts are those that were met, and ceilings are measured before and after by the same processes.
+texts are those that were met. Ceilings are measured by the same processes, before, between the two
+iterations and after: machines slow down for minutes, and the best of the three is what counts.
 
 --clock cpu counts the processor time of the process, where something else keeps the machine busy;
 it says nothing of waiting, so cases of two processes need the other clock and an idle machine.
@@ -25,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -255,13 +257,16 @@ def run_case(name: str, small: str, clock: str) -> dict[str, Any]:
     world = join(stop, 600, 600) if case.ranks > 1 else World.alone()
     parts = build_parts(config, Silent(), stop, world=world)
     shard_llm(parts, config)
-    before = ceilings(device, size=1024, megabytes=64, clock=ticks)
+    look = partial(ceilings, device, size=1024, megabytes=64, clock=ticks)
+    before, between = look(), {}
     forget_peak(device)
     met: list[tuple[float, float, float]] = []
     sent = 0.0
     for iteration in range(1, WARM + MEASURED + 1):
         if iteration == WARM + 1:
             parts.phases, sent = Phases(parts.llm.slots, ticks), loopback_bytes()
+        elif iteration > WARM:
+            between = look()
         target = learn_target(parts, config, parts.llm.frozen(), iteration)
         target = with_fresh_reference(parts, target, config, iteration)
         with parts.phases.during("update"):
@@ -279,7 +284,7 @@ def run_case(name: str, small: str, clock: str) -> dict[str, Any]:
     world.agree()
     sent = (loopback_bytes() - sent) / case.ranks / MEASURED
     peak, spent = recent_peak(device), parts.phases.spent()
-    after = ceilings(device, size=1024, megabytes=64, clock=ticks)
+    after = look()
     prompt, completion, row = map(statistics.mean, zip(*met[WARM:], strict=True))
     seen = statistics.mean(range(WARM + 1, WARM + MEASURED + 1))
     work = replace(
@@ -298,6 +303,7 @@ def run_case(name: str, small: str, clock: str) -> dict[str, Any]:
         "ranks": case.ranks,
         "sharding": config.trainer.sharding,
         "before": before,
+        "between": between,
         "after": after,
     }
 
@@ -323,9 +329,9 @@ def predicted(
     row: Mapping[str, Any], reached: Mapping[str, float], unused: float = 0.0
 ) -> Prediction:
     """What the cost model says of a row's iteration, with the ceilings measured around it."""
+    looks = [row[when] for when in ("before", "between", "after") if when in row]
     found = {
-        name: (max if name != "call" else min)(row["before"][name], row["after"][name])
-        for name in row["before"]
+        name: (max if name != "call" else min)(look[name] for look in looks) for name in looks[0]
     }
     device = sizing.cpu(found, row["ranks"], reached, unused)
     layout = Layout(ranks=row["ranks"], sharding=row.get("sharding", "none"), gloo=True)
