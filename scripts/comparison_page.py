@@ -11,6 +11,7 @@ import numpy as np
 import time_to_reduction
 from comparison import (
     ABLATIONS,
+    CFT_ROW,
     EXTRAS,
     ITERATIONS,
     MAIN,
@@ -168,6 +169,7 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     Triangles are variants of cft; lines join the seeds of a method, dotted ones its weights.
     """
     variants = {m.name for m in (*OTHERS, *ABLATIONS, *OTHER_WEIGHTS) if m.learns_r}
+    family = {m.name: one.method.name for one in WEIGHED for m in one.methods().values()}
     unnamed = {method.name for method in OTHER_WEIGHTS}
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     canvas = FigureCanvasAgg(figure)
@@ -180,12 +182,16 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     axes.grid(alpha=0.3)
     shown = [(row, row.perplexities()) for row in rows if row.perplexities()]
     points: list[tuple[float, float]] = []
-    colors: dict[str, Any] = {}
-    for number, (row, xs) in enumerate(shown):
+    named = [row.label for row, _ in shown if row.label not in unnamed]
+    colors: dict[str, Any] = {
+        label: colormaps["tab20"](number % 20) for number, label in enumerate(named)
+    }
+    colors[CFT_ROW.name] = "black"
+    for row, xs in shown:
         ys = [100 * model["groups"][row.group()]["violation"]["mean"] for model in row.models]
-        color = colors[row.label] = colormaps["tab20"](number % 20)
-        marker = "^" if row.label in variants else "o"
-        axes.plot(xs, ys, marker=marker, markersize=5.5, linewidth=0.7, color=color)
+        color = colors[family.get(row.label, row.label)]
+        marker, size = "^" if row.label in variants else "o", 4 if row.label in unnamed else 5.5
+        axes.plot(xs, ys, marker=marker, markersize=size, linewidth=0.7, color=color)
         points += zip(xs, ys, strict=True)
     for weighed in WEIGHED:
         found = _at_weights(weighed, rows)
@@ -448,7 +454,7 @@ def _commands() -> Iterator[str]:
 
 PLOTTED = """\
 Triangles are variants of cft; a line joins the seeds of a method, a dotted one its weights (below),
-which have no names here."""
+small points of the same colour."""
 TRIALS = f"""\
 Every method that weighs something beside the corpus, at a third of its weight and at three times
 as much: as many trials for each. Chosen is the least toxic of those whose perplexity of held-out
