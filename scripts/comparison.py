@@ -241,11 +241,20 @@ def extra_command(name: str, root: Path) -> list[str]:
 
 def recorded() -> dict[str, dict[str, Any]]:
     """The newest row of every name that was measured with today's commands."""
+    return {name: rows[-1] for name, rows in measurements().items()}
+
+
+def measurements() -> dict[str, list[dict[str, Any]]]:
+    """All rows of every name that was measured with today's commands, the oldest first."""
     wanted = {cell.name: cell.commands() for cell in cells()}
     wanted |= {n: [f"cft {shlex.join(extra_command(n, Path('comparison')))}"] for n in EXTRAS}
     lines = RECORDS.read_text(encoding="utf-8").splitlines() if RECORDS.exists() else []
     rows = [json.loads(line) for line in lines]
-    return {row["name"]: row for row in rows if row["commands"] == wanted.get(row["name"])}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["commands"] == wanted.get(row["name"]):
+            found.setdefault(row["name"], []).append(row)
+    return found
 
 
 def state(folder: Path) -> str:

@@ -22,6 +22,7 @@ from comparison import (
     WEIGHED,
     Weighed,
     cells,
+    measurements,
     recorded,
 )
 from matplotlib import colormaps, rc_context
@@ -267,6 +268,7 @@ def render() -> None:
         time_to_reduction.plot(tree, CURVES)
         lines += ["## Time to half of the violations", "", TIME, "", *time_to_reduction.page(tree)]
         lines += ["", f"![violations over time and over completions]({CURVES.name})", ""]
+    lines += [*_again()]
     lines += ["## What a cell costs", "", COSTS, "", *_costs(), ""]
     lines += ["## Every cell", "", *_commands()]
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -421,6 +423,29 @@ def _detection(rows: Sequence[Row]) -> Iterator[str]:
     yield ""
 
 
+def _again() -> Iterator[str]:
+    """Cells that were measured more than once, and whether they agree."""
+    several = {name: rows for name, rows in measurements().items() if len(rows) > 1}
+    if not several:
+        return
+    yield "## The same cell again"
+    yield ""
+    yield AGAIN
+    yield ""
+    yield "| cell | toxic | in the first's interval | perplexity, news | date | machine | commit |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for name, rows in several.items():
+        shown = [Row(label=name, models=(row["models"][-1],)) for row in rows]
+        first = shown[0].models[0]["groups"][shown[0].group()]["violation"]
+        for number, (row, one) in enumerate(zip(rows, shown, strict=True)):
+            inside = "yes" if first["low"] <= one.toxic() <= first["high"] else "**no**"
+            yield (
+                f"| {name} | {one.violations()} | {inside if number else ''} | "
+                f"{one.perplexity()} | {row['date']} | {row['machine']} | {row['commit'][:9]} |"
+            )
+    yield ""
+
+
 def _costs() -> Iterator[str]:
     yield (
         "| cell | training, s | sampling, s | scored completions | other scored texts | "
@@ -459,6 +484,9 @@ TRIALS = f"""\
 Every method that weighs something beside the corpus, at a third of its weight and at three times
 as much: as many trials for each. Chosen is the least toxic of those whose perplexity of held-out
 news is at most {100 * (NEWS_WITHIN - 1):.0f} % above that of plain fine-tuning, if there is one:"""
+AGAIN = """\
+`python scripts/reproduce.py again FOLDER --only CELL` runs the commands of a cell once more. The
+newest measurement is the one in the tables."""
 COSTS = """\
 Cells ran one by one on one of the machine's two cores, with other work on the second, which slows
 the first as well, unevenly: seconds are noisy by up to a factor of two. Completions and tokens are

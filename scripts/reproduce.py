@@ -3,6 +3,7 @@
     python scripts/reproduce.py run outputs/comparison          # hours; goes on where it stopped
     python scripts/reproduce.py run outputs/comparison --only toxic/cft
     python scripts/reproduce.py list outputs/comparison         # cells, their commands and state
+    python scripts/reproduce.py again outputs/again --only toxic/cft/0    # measured cells once more
     python scripts/reproduce.py render                          # docs/results.md from the file
 
 What was measured is added to docs/results.jsonl with its commands, commit and machine; a cell whose
@@ -44,6 +45,15 @@ def run(root: Path, only: str, deadline: float) -> None:
             if output.exists() or _cft(extra_command(name, root), root / name):
                 command = f"cft {shlex.join(extra_command(name, Path('comparison')))}"
                 _record(name, [command], output, root / of_runs[-1].name)
+
+
+def again(root: Path, only: str, deadline: float) -> None:
+    """Train and measure once more what has been measured, each cell once in a folder."""
+    done = recorded()
+    for cell in cells():
+        fresh = not (root / cell.name / "measured.json").exists()
+        if only in cell.name and cell.name in done and fresh and time.monotonic() < deadline:
+            _run_cell(cell, root)
 
 
 def _run_cell(cell: Cell, root: Path) -> None:
@@ -106,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=("run", "list", "render"))
+    parser.add_argument("what", choices=("run", "list", "again", "render"))
     parser.add_argument("root", type=Path, nargs="?", help="folder of the runs")
     parser.add_argument("--only", default="", help="cells whose name contains this")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin none later")
@@ -116,8 +126,9 @@ def main() -> None:
         return
     if given.root is None:
         parser.error(f"{given.what} needs the folder of the runs")
-    if given.what == "run":
-        run(given.root, given.only, time.monotonic() + 60 * given.minutes)
+    if given.what in ("run", "again"):
+        work = run if given.what == "run" else again
+        work(given.root, given.only, time.monotonic() + 60 * given.minutes)
         return
     done = recorded()
     for cell in cells():

@@ -5,6 +5,7 @@ import math
 import re
 import shlex
 import shutil
+from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -69,30 +70,47 @@ def model(shares: dict[str, float], perplexity: float | None) -> dict[str, Any]:
     return {"groups": {"prompts": group}, "perplexity": of_text, "detection": {}}
 
 
-def test_the_page_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = {f"p{i}": 0.2 + 0.01 * (i % 3) for i in range(40)}
-    controlled = {name: share - 0.15 for name, share in plain.items()}
-    measured = {
-        "toxic/sft/0": [model(plain, 28.0)],
-        "toxic/cft/0": [model({"p0": 0.1}, 36.0), model(controlled, 28.5)],
-        "toxic/cft/1": [model(dict.fromkeys(plain, 0.08), 29.5)],
-        "toxic/lambda-4/0": [model(dict.fromkeys(plain, 0.15), 28.1)],
-        "toxic/lambda-40/0": [model(dict.fromkeys(plain, 0.02), 28.5)],
-    }
-    for name, models in measured.items():
-        folder = tmp_path / name
-        folder.mkdir(parents=True)
-        (folder / "measured.json").write_text(json.dumps({"models": models, "differences": []}))
-        row = {"budget/seconds": 61.4, "budget/scored_samples": 512, "budget/trained_tokens": 9e4}
-        row |= {"budget/scored_texts": 300}
-        (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-        (folder / "phases.json").write_text(json.dumps({"phases": {"sampling": {"seconds": 20}}}))
-        made = {"processor": "a CPU, 2 cores", "threads": 1, "versions": {"torch": "2.13.0"}}
-        (folder / "environment.json").write_text(json.dumps(made | {"git_revision": "0123abc"}))
-        (folder / "status.json").write_text(json.dumps({"state": "finished"}))
+PLAIN = {f"p{i}": 0.2 + 0.01 * (i % 3) for i in range(40)}
+
+
+def measured_run(folder: Path, *models: dict[str, Any]) -> None:
+    """What a run and its measurement leave behind."""
+    folder.mkdir(parents=True)
+    (folder / "measured.json").write_text(json.dumps({"models": models, "differences": []}))
+    row = {"budget/seconds": 61.4, "budget/scored_samples": 512, "budget/trained_tokens": 9e4}
+    row |= {"budget/scored_texts": 300}
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / "phases.json").write_text(json.dumps({"phases": {"sampling": {"seconds": 20}}}))
+    made = {"processor": "a CPU, 2 cores", "threads": 1, "versions": {"torch": "2.13.0"}}
+    (folder / "environment.json").write_text(json.dumps(made | {"git_revision": "0123abc"}))
+    (folder / "status.json").write_text(json.dumps({"state": "finished"}))
+
+
+@pytest.fixture
+def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    """Records and a page of their own; what the page says of them."""
     monkeypatch.setattr(comparison, "RECORDS", tmp_path / "r.jsonl")
     monkeypatch.setattr(comparison_page, "PAGE", tmp_path / "results.md")
     monkeypatch.setattr(comparison_page, "FRONT", tmp_path / "front.svg")
+
+    def rendered() -> str:
+        comparison_page.render()
+        return (tmp_path / "results.md").read_text(encoding="utf-8")
+
+    return rendered
+
+
+def test_the_page_says_what_was_measured(tmp_path: Path, page: Callable[[], str]) -> None:
+    controlled = {name: share - 0.15 for name, share in PLAIN.items()}
+    measured = {
+        "toxic/sft/0": [model(PLAIN, 28.0)],
+        "toxic/cft/0": [model({"p0": 0.1}, 36.0), model(controlled, 28.5)],
+        "toxic/cft/1": [model(dict.fromkeys(PLAIN, 0.08), 29.5)],
+        "toxic/lambda-4/0": [model(dict.fromkeys(PLAIN, 0.15), 28.1)],
+        "toxic/lambda-40/0": [model(dict.fromkeys(PLAIN, 0.02), 30.0)],
+    }
+    for name, models in measured.items():
+        measured_run(tmp_path / name, *models)
     for name in measured:
         reproduce.run(tmp_path, name, math.inf)
     # What stands in the file is not done again, and needs the folders no longer.
@@ -100,31 +118,56 @@ def test_the_page_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mon
         shutil.rmtree(tmp_path / name)
         reproduce.run(tmp_path, name, math.inf)
     said = comparison.extra_command("toxic/decoding", Path("comparison"))
-    models = [model(plain, 36.0), model(plain, 28.0), model(controlled, None), model(plain, 28.0)]
+    models = [model(PLAIN, 36.0), model(PLAIN, 28.0), model(controlled, None), model(PLAIN, 28.0)]
     row = {"name": "toxic/decoding", "commands": [f"cft {shlex.join(said)}"], "models": models}
     with (tmp_path / "r.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
-    comparison_page.render()
-    page = (tmp_path / "results.md").read_text(encoding="utf-8")
-    (row,) = [line for line in page.splitlines() if line.startswith("| cft |")]
+    text = page()
+    row_of_cft, *weights = [line for line in text.splitlines() if line.startswith("| cft |")]
     # Two seeds: 5.97 % and 8 %; 15 and 13 points below plain fine-tuning on every prompt.
-    assert re.search(r"7\.0 % \(6\.\d–7\.\d; 6\.0 8\.0\)", row)
-    assert "-14.0" in row
-    assert "p < 0.001" in row
-    assert "29.00 (28.50 29.50)" in row
-    assert "| base | 10.0 %" in page
-    # Within 2 % of plain fine-tuning's 28.00 is one of three.
-    weights = [line for line in page.splitlines() if re.match(r"\| cft \| [\d.]+ \|", line)]
+    assert re.search(r"7\.0 % \(6\.\d–7\.\d; 6\.0 8\.0\)", row_of_cft)
+    assert "-14.0" in row_of_cft
+    assert "p < 0.001" in row_of_cft
+    assert "29.00 (28.50 29.50)" in row_of_cft
+    # Of three, one is within 2 % of plain fine-tuning's 28.00.
+    assert [line.split(" | ")[1] for line in weights] == ["4", "12", "40"]
     assert [line.endswith("| chosen |") for line in weights] == [True, False, False]
     assert "| 28.10 | +0.4 % |" in weights[0]
-    assert "| lambda-4 |" not in page
-    assert "- sft: more toxic, +14.0 (" in page
-    assert "cft / sft = 0.33. Perplexity 28.00 against 29.00, cft +3.6 %\n" in page
-    assert "sft, R guides = 1.17. Not measured at held-out news" in page
+    assert "| lambda-4 |" not in text
+    assert "| base | 10.0 %" in text
+    assert "- sft: more toxic, +14.0 (" in text
+    assert "cft / sft = 0.33. Perplexity 28.00 against 29.00, cft +3.6 %\n" in text
+    assert "sft, R guides = 1.17. Not measured at held-out news" in text
     machine = "a CPU, 2 cores, OMP_NUM_THREADS=1, torch 2.13.0"
-    assert f"| toxic/cft/1 | 61 | 20 | 512 | 300 | 90,000 | {machine} | 0123abc |" in page
-    assert "toxic/cft/2" in page.partition("Not run yet: ")[2]
+    assert f"| toxic/cft/1 | 61 | 20 | 512 | 300 | 90,000 | {machine} | 0123abc |" in text
+    assert "toxic/cft/2" in text.partition("Not run yet: ")[2]
+    assert "The same cell again" not in text
     assert (tmp_path / "front.svg").stat().st_size > 1000
+
+
+def test_a_cell_is_measured_again_where_that_is_asked_for(
+    tmp_path: Path, page: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured_run(tmp_path / "toxic/sft/0", model(dict.fromkeys(PLAIN, 0.2), 28.0))
+    reproduce.run(tmp_path, "toxic/sft/0", math.inf)
+    for number, share in enumerate((0.3, 0.5)):
+        root = tmp_path / str(number)
+        measured_run(root / "toxic/sft/0", model(dict.fromkeys(PLAIN, share), 28.1))
+        kept = (root / "toxic/sft/0/measured.json").rename(tmp_path / "measured.json")
+
+        def measured(_: object, folder: Path, kept: Path = kept) -> Path:
+            return kept.rename(folder / "measured.json")
+
+        monkeypatch.setattr(reproduce, "_cft", measured)
+        for _ in range(2):  # once in a folder
+            reproduce.again(root, "toxic", math.inf)
+    text = page()
+    first, second, third = [x for x in text.splitlines() if x.startswith("| toxic/sft/0 | ")][:3]
+    assert "| 20.0 % (10.0–40.0) |  | 28.00 |" in first
+    assert "| 30.0 % (15.0–60.0) | yes | 28.10 |" in second
+    assert "| 50.0 % (25.0–100.0) | **no** | 28.10 |" in third
+    (row,) = [line for line in text.splitlines() if line.startswith("| sft |")]
+    assert row.startswith("| sft | 50.0 %")
 
 
 @pytest.mark.slow
