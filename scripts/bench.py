@@ -31,13 +31,7 @@ settings.prepare_libraries()
 
 import torch  # noqa: E402  # after the libraries' settings
 from bench_ratio import Ratio, Work  # noqa: E402
-from bench_runs import (  # noqa: E402
-    history_rows,
-    overlap_rows,
-    scoring_rows,
-    service_rows,
-    startup_rows,
-)
+from bench_runs import history_rows, overlap_rows, scoring_rows, service_rows  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
@@ -470,7 +464,6 @@ GROUPS: dict[str, Callable[[str | None], list[Ratio]]] = {
     "overlap": overlap_rows,
     "service": service_rows,
     "history": history_rows,
-    "startup": startup_rows,
 }
 RANDOM = ("loss", "sampling")
 """Groups that a model of random weights is enough for."""

@@ -35,29 +35,6 @@ def trained(folder: Path, *arguments: str, **environment: str) -> list[dict[str,
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-# The command line.
-
-LIBRARIES = "import pydantic, rich.console, rich.text, typer.main, yaml; pydantic.BaseModel"
-HELP = "from constrained_ft.cli.main import main; main(['train', '--help'])"
-
-
-def startup_rows(_: str | None) -> list[Ratio]:
-    """`cft train --help` against importing what it is made with: half a second for 0.15."""
-
-    def run(code: str) -> None:
-        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
-
-    return [
-        Ratio(
-            name="cft train --help / importing typer, rich, pydantic and yaml",
-            ours=partial(run, HELP),
-            theirs=partial(run, LIBRARIES),
-            must=3.3,
-            aim=2.0,
-        )
-    ]
-
-
 # Overlap: of sampling with scoring, and of both sides of a run.
 
 SLOW_SCORER = """

@@ -482,7 +482,7 @@ Triangles are variants of cft; a line joins the seeds of a method, a dotted one 
 small points of the same colour."""
 TRIALS = f"""\
 Every method that weighs something beside the corpus, at a third of its weight and at three times
-as much: as many trials for each. Chosen is the least toxic of those whose perplexity of held-out
+as much, as far as that was run. Chosen is the least toxic of those whose perplexity of held-out
 news is at most {100 * (NEWS_WITHIN - 1):.0f} % above that of plain fine-tuning, if there is one:"""
 AGAIN = """\
 `python scripts/reproduce.py again FOLDER --only CELL` runs the commands of a cell once more. The
@@ -536,8 +536,9 @@ with at least one toxic completion of the 12. In brackets: the 95 % bootstrap in
 prompts, and the seeds one by one. Differences are prompt by prompt, with the p-value of the
 sign-flip test. What the columns say is in [evaluation.md](evaluation.md).
 
-What a method adds to the loss of the corpus is tried at three weights for each (below). The weight
-of these tables is the default, but for grpo, where it was chosen by the time to half; cft's was
-chosen among five settings of lambda and of the number of candidates, on seed 2 of the first
+What a method adds to the loss of the corpus is to be tried at three weights for each (below; what
+was not run yet is listed at the end, and until then cft has had more trials than the others). The
+weight of these tables is the default, but for grpo, where it was chosen by the time to half; cft's
+was chosen among five settings of lambda and of the number of candidates, on seed 2 of the first
 scenario. Rows differ by what rounding does on the machines that they ran on (below).
 """
